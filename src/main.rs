@@ -1,0 +1,3 @@
+//! The `wilco` command.
+
+fn main() {}
