@@ -1,3 +1,7 @@
-//! The `wilco` command.
+//! The `wilco` command: the library's public API, for hands and scripts.
 
-fn main() {}
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -1,0 +1,76 @@
+//! The command, room by room: what can be typed, what each subcommand does, how it is shown.
+
+mod args;
+mod bench;
+mod doctor;
+mod fleet;
+mod output;
+mod place;
+mod problem;
+mod program;
+mod queues;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use tracing_subscriber::EnvFilter;
+
+use args::{Cli, Command};
+use output::Output;
+use problem::{Exit, Outcome, Problem};
+
+/// Parses, runs, and turns a problem into one message and its exit code.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = Output {
+        json: cli.global.json,
+    };
+    let result = set_up_logging().and_then(|()| run(cli, output));
+    result.unwrap_or_else(|problem| {
+        output.problem(&problem);
+        problem.exit.code()
+    })
+}
+
+fn run(cli: Cli, output: Output) -> Outcome {
+    let Cli { global, command } = cli;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Problem::new(Exit::File, format!("cannot start threads: {error}")))?;
+    let result = runtime.block_on(async {
+        match command {
+            Command::Queues(_) => queues::list(&global, output).await,
+            Command::Dead(args) => queues::dead(&global, args.action, output).await,
+            Command::Doctor(args) => doctor::run(&global, args, output).await,
+            Command::Bench(args) => bench::run(&global, args, output).await,
+            _ if false => unreachable!(),
+            Command::Completions(args) => {
+                let mut command = Cli::command();
+                clap_complete::generate(args.shell, &mut command, "wilco", &mut std::io::stdout());
+                Ok(ExitCode::SUCCESS)
+            }
+            _ => Ok(ExitCode::SUCCESS)
+        }
+    });
+    // A blocked read of stdin or a stuck file must not keep a finished command alive.
+    runtime.shutdown_background();
+    result
+}
+
+/// `WILCO_LOG=debug` and the like, to stderr; nothing without it.
+fn set_up_logging() -> Outcome<()> {
+    let Ok(filter) = std::env::var("WILCO_LOG") else {
+        return Ok(());
+    };
+    let filter = EnvFilter::try_new(&filter).map_err(|error| {
+        Problem::input(format!(
+            "WILCO_LOG is {filter:?}: {error}; expected such as info or wilco=debug"
+        ))
+    })?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    Ok(())
+}

@@ -1,0 +1,256 @@
+//! `wilco provision`: a fleet file's guests, all at once, to their outcomes.
+
+use std::{process::ExitCode, sync::Arc, time::Duration, time::Instant};
+
+use serde_json::json;
+use tokio::{sync::Semaphore, sync::broadcast::error::RecvError, task::JoinSet};
+use wilco::{
+    Deadline, ErrorKind, GuestAddress, Incarnation, SendPolicy, State, Taskmanager,
+};
+
+use super::{
+    args::{Global, Provision},
+    fleet::{self, Line, Malformed, Policy},
+    machines::Machines,
+    output::{self, Output},
+    place::{interrupted, patience},
+    problem::{Exit, Outcome, Problem},
+    program::Program,
+    progress::Progress,
+    summary::{self, End, Row, span},
+};
+
+/// How long a guest may take to answer whether it is there already.
+const GLANCE: Duration = Duration::from_millis(500);
+
+pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Outcome {
+    let fleet = fleet::read(&args.fleet)?;
+    for malformed in &fleet.malformed {
+        report(malformed, &args, output);
+    }
+    if fleet.guests.is_empty() {
+        return Err(Problem::input(format!(
+            "{} has no guest to provision",
+            args.fleet.display()
+        )));
+    }
+    let program = args.spawn.as_deref().map(Program::find).transpose()?;
+    let broker = global.connect_shared().await?;
+    let records = global.open_records().await?;
+    let taskmanager = Taskmanager::new(Arc::clone(&broker), records).await?;
+    let machines = program
+        .map(|program| Machines::new(program, &global.broker))
+        .transpose()?;
+    let run = Arc::new(Run {
+        taskmanager,
+        machines,
+        again: args.again,
+        places: Semaphore::new(args.concurrency.get() as usize),
+    });
+
+    let start = Instant::now();
+    let (order, malformed) = (ids(&fleet.guests), fleet.malformed.len());
+    let rows = tokio::select! {
+        rows = run.all(fleet.guests, output) => rows,
+        () = interrupted() => return Err(run.stop(&args).await),
+    };
+    let mut rows = rows;
+    rows.sort_by_key(|row| order.iter().position(|id| *id == row.address.guest));
+    if let Some(machines) = &run.machines {
+        if machines.running() > 0 && !output.json {
+            output::note(format_args!("powering off {} machines", machines.running()));
+        }
+        machines.power_off().await;
+    }
+    let left = broker.list(patience()).await?;
+    summary::show(&rows, &left, start.elapsed(), output);
+    run.taskmanager.close(patience()).await?;
+    Ok(exit_code(&rows, malformed))
+}
+
+fn ids(guests: &[Line]) -> Vec<wilco::GuestId> {
+    guests.iter().map(|line| line.id.clone()).collect()
+}
+
+fn report(malformed: &Malformed, args: &Provision, output: Output) {
+    output::note(format_args!("wilco: {}: {malformed}", args.fleet.display()));
+    let Malformed { line, column, what } = malformed;
+    output.json(&json!({ "event": "malformed", "line": line, "column": column, "what": what }));
+}
+
+/// Bad input outweighs a bad outcome: it is the caller's to repair.
+fn exit_code(rows: &[Row], malformed: usize) -> ExitCode {
+    let succeeded = |row: &Row| {
+        matches!(&row.end, End::Outcome { outcome, .. } if outcome.state() == State::Succeeded)
+    };
+    if malformed > 0 {
+        Exit::Input.code()
+    } else if rows.iter().all(succeeded) {
+        ExitCode::SUCCESS
+    } else {
+        Exit::Guest.code()
+    }
+}
+
+/// One run of the command.
+struct Run {
+    taskmanager: Taskmanager,
+    machines: Option<Arc<Machines>>,
+    again: bool,
+    places: Semaphore,
+}
+
+impl Run {
+    /// Provisions every guest, showing how far they are, and returns their ends.
+    async fn all(self: &Arc<Self>, guests: Vec<Line>, output: Output) -> Vec<Row> {
+        let ids = ids(&guests);
+        let width = ids.iter().map(|id| id.as_str().chars().count()).max();
+        let mut progress = Progress::new(ids.len(), width.unwrap_or(0).min(40), output);
+        let mut changes = self.taskmanager.watch();
+        let mut ends = JoinSet::new();
+        for guest in guests {
+            let run = Arc::clone(self);
+            ends.spawn(async move { run.one(guest).await });
+        }
+        let mut rows = Vec::new();
+        loop {
+            tokio::select! {
+                biased;
+                change = changes.recv() => match change {
+                    Ok(record) if ids.contains(&record.address.guest) => progress.show(&record),
+                    Ok(_) => {}
+                    Err(RecvError::Lagged(_)) => self.catch_up(&mut progress, &ids).await,
+                    Err(RecvError::Closed) => break,
+                },
+                end = ends.join_next() => match end {
+                    Some(Ok(row)) => {
+                        if let End::Problem(problem) = &row.end {
+                            progress.note(&format!("{}: {problem}", row.address.guest));
+                        }
+                        rows.push(row);
+                    }
+                    Some(Err(error)) => progress.note(&format!("a task ended early: {error}")),
+                    None => break,
+                },
+            }
+        }
+        while let Some(Ok(row)) = ends.join_next().await {
+            rows.push(row);
+        }
+        // What ended before this run was never a change.
+        self.catch_up(&mut progress, &ids).await;
+        progress.finish();
+        rows
+    }
+
+    async fn catch_up(&self, progress: &mut Progress, ids: &[wilco::GuestId]) {
+        for id in ids {
+            if let Ok(Some(record)) = self.taskmanager.record(id).await {
+                progress.show(&record);
+            }
+        }
+    }
+
+    /// Provisions one guest.
+    async fn one(&self, line: Line) -> Row {
+        let id = line.id.clone();
+        let mut row = Row {
+            address: GuestAddress::new(id, Incarnation::FIRST),
+            recorded: false,
+            end: End::Problem("not begun".into()),
+        };
+        // Never closed.
+        let _place = self.places.acquire().await;
+        row.end = match self.provision(line, &mut row).await {
+            Ok(end) => end,
+            Err(problem) => End::Problem(problem.message),
+        };
+        row
+    }
+
+    async fn provision(&self, line: Line, row: &mut Row) -> Outcome<End> {
+        let id = &line.id;
+        let record = self.taskmanager.record(id).await?;
+        let state = record.as_ref().map(|record| record.state);
+        let again = self.again && matches!(state, Some(State::Failed | State::NotDelivered));
+        if let Some(record) = &record {
+            row.address.incarnation = record.address.incarnation;
+            row.recorded = record.state.is_terminal() && !again;
+            if again {
+                row.address.incarnation = record.address.incarnation.next();
+            }
+        }
+        if let Some(machines) = &self.machines
+            && !row.recorded
+            && !self.answers(&row.address).await
+        {
+            machines.start(&row.address, &line.env)?;
+        }
+        let mut provisioning = self
+            .taskmanager
+            .provision(id.clone(), &line.prepare)
+            .again(again)
+            .policy(match line.policy {
+                Policy::PingFirst => SendPolicy::PingFirst,
+                Policy::EnqueueFirst => SendPolicy::EnqueueFirst,
+            });
+        if let Some(span) = line.deadlines.boot {
+            provisioning = provisioning.boot_deadline(span);
+        }
+        if let Some(span) = line.deadlines.accept {
+            provisioning = provisioning.accept_deadline(span);
+        }
+        if let Some(span) = line.deadlines.progress {
+            provisioning = provisioning.progress_deadline(span);
+        }
+        if let Some(span) = line.deadlines.total {
+            provisioning = provisioning.total_deadline(span);
+        }
+        if let Some(machines) = &self.machines {
+            provisioning = provisioning.host_probe(Arc::clone(machines));
+        }
+        let outcome = provisioning.await.map_err(|error| {
+            let conflict = *error.kind() == ErrorKind::Conflict && row.recorded;
+            let problem = Problem::from(error);
+            if conflict {
+                problem.during("its recorded prepare is another one than this line's")
+            } else {
+                problem
+            }
+        })?;
+        let record = self.taskmanager.record(id).await?;
+        if let Some(record) = &record {
+            row.address = record.address.clone();
+        }
+        let took = record.as_ref().map_or(Duration::ZERO, span);
+        Ok(End::Outcome { outcome, took })
+    }
+
+    /// Whether this machine is up already, started by an earlier run.
+    async fn answers(&self, address: &GuestAddress) -> bool {
+        let guest = self.taskmanager.guest(address.clone());
+        guest.ping(GLANCE).await.is_ok()
+    }
+
+    /// Ctrl-C: nothing is lost, and this says so.
+    async fn stop(&self, args: &Provision) -> Problem {
+        if let Some(machines) = &self.machines {
+            output::note("stopping; powering off the machines that were started here");
+            machines.power_off().await;
+        }
+        // What could not be finished in time is recorded as it is.
+        let _ = self.taskmanager.close(Deadline::after(Duration::from_secs(5))).await;
+        Problem::new(
+            Exit::Interrupted,
+            format!(
+                "stopped. Everything is recorded: the same command goes on where this one was\n  \
+                 wilco provision {}{}",
+                args.fleet.display(),
+                args.spawn
+                    .as_ref()
+                    .map(|program| format!(" --spawn {}", program.display()))
+                    .unwrap_or_default()
+            ),
+        )
+    }
+}
