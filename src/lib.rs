@@ -4,7 +4,9 @@
 //! The house, from the ground up:
 //! - vocabulary: [`names`], [`message`], [`deadline`], [`durability`], and the one [`Error`];
 //! - [`broker`]: the trait that every backend keeps, and [`connect`] that picks one by URL;
-//! - backends: `embedded` on SQLite.
+//! - backends: `embedded` on SQLite;
+//! - workflow: [`Taskmanager`] with its [`Records`], [`Guest`] with its [`Journal`], and the [`wire`] form
+//!   that they speak.
 
 mod backends;
 pub mod broker;
@@ -15,6 +17,8 @@ pub mod durability;
 mod error;
 pub mod message;
 pub mod names;
+pub mod wire;
+mod workflow;
 
 pub use broker::Broker;
 pub use broker_url::BrokerUrl;
@@ -23,3 +27,5 @@ pub use deadline::Deadline;
 pub use error::{Error, ErrorKind, Outcome, Result};
 pub use message::{CommandId, Headers, Message, MessageId};
 pub use names::{GuestAddress, GuestId, Incarnation, QueueName};
+pub use wire::{CommandState, Phase, Pong};
+pub use workflow::*;

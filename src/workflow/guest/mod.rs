@@ -1,0 +1,335 @@
+//! The guest: the agent on a machine that was made. It creates nothing on the broker.
+//!
+//! A command is run like this, and at no step can a crash lose it or run it twice: received → in the
+//! journal as accepted → acked, confirmed by the broker → in the journal as running → run → in the
+//! journal as done → reported until that is confirmed. The confirmed ack is the broker's word that the
+//! control plane had not taken the command back: without it nothing is started.
+
+pub(crate) mod book;
+mod context;
+mod lane;
+mod reporter;
+mod serve;
+
+use std::{
+    collections::HashMap,
+    future::{Future, IntoFuture},
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{sync::oneshot, task::JoinHandle};
+
+pub use self::context::{Context, Failure, Interrupted};
+use self::{
+    book::Book,
+    context::{Handler, handler},
+    lane::Lane,
+    reporter::Reporter,
+};
+use crate::{
+    broker::{Broker, ConsumeOptions, Consumer},
+    deadline::Deadline,
+    error::{Error, ErrorKind, Result},
+    names::{GuestAddress, GuestId, Incarnation, QueueName},
+    wire::{BootId, PREPARE, Phase, ReportEvent},
+    workflow::{backoff::Backoff, journal::Journal},
+};
+
+/// How long one attempt to attach may take.
+const ATTACH_WITHIN: Duration = Duration::from_secs(10);
+
+/// A guest that is attached to its queue and to its lane. Answers pings from here on; commands wait in
+/// the queue until [`Guest::serve`].
+#[derive(Debug)]
+pub struct Guest {
+    address: GuestAddress,
+    broker: Arc<dyn Broker>,
+    book: Book,
+    reports: QueueName,
+    consumer: Option<Box<dyn Consumer>>,
+    lane_ended: oneshot::Receiver<Error>,
+    /// Ended when the guest is dropped.
+    tasks: Vec<Task>,
+    handlers: Handlers,
+    grace: Duration,
+}
+
+impl Guest {
+    /// Attaches to the queue of a machine, which exists already.
+    ///
+    /// ```no_run
+    /// # async fn example() -> wilco::Result<()> {
+    /// # let broker = wilco::connect("memory:").await?;
+    /// let journal = wilco::SqliteJournal::open("/var/lib/wilco/journal.db").await?;
+    /// let guest = wilco::Guest::attach(broker, "vm-0042", journal).await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoQueue`] if the queue is not there (see [`Attach::wait`]);
+    /// [`ErrorKind::Conflict`] while another process is attached or owns the journal;
+    /// [`ErrorKind::Revoked`] if this machine was given up; those of the broker and the journal.
+    ///
+    /// # Cancel safety
+    /// Safe: dropped early, nothing stays attached.
+    pub fn attach(
+        broker: Arc<dyn Broker>,
+        guest: impl TryInto<GuestId, Error: Into<Error>>,
+        journal: impl Journal,
+    ) -> Attach {
+        Attach {
+            broker,
+            guest: guest.try_into().map_err(Into::into),
+            incarnation: Incarnation::FIRST,
+            journal: Arc::new(journal),
+            reports: QueueName::reports(crate::workflow::DEFAULT_NAME),
+            wait: Duration::ZERO,
+        }
+    }
+
+    /// The machine.
+    #[must_use]
+    pub fn address(&self) -> &GuestAddress {
+        &self.address
+    }
+
+    /// What to run on prepare: an async function of the payload and a [`Context`].
+    ///
+    /// It runs once. What it returns, or the [`Failure`] it returns or panics with, is recorded and
+    /// reported.
+    #[must_use]
+    pub fn on_prepare<P, R, H, F>(self, work: H) -> Self
+    where
+        P: DeserializeOwned + Send + 'static,
+        R: Serialize,
+        H: Fn(P, Context) -> F + Send + Sync + 'static,
+        F: Future<Output = Result<R, Failure>> + Send + 'static,
+    {
+        self.on(PREPARE, work)
+    }
+
+    /// What to run on a command of this kind. Commands are run one at a time, in the queue's order.
+    #[must_use]
+    pub fn on<P, R, H, F>(mut self, kind: &str, work: H) -> Self
+    where
+        P: DeserializeOwned + Send + 'static,
+        R: Serialize,
+        H: Fn(P, Context) -> F + Send + Sync + 'static,
+        F: Future<Output = Result<R, Failure>> + Send + 'static,
+    {
+        self.handlers.by_kind.insert(kind.into(), handler(work));
+        self
+    }
+
+    /// What to do about a command that was running when the agent ended:
+    /// [`Interrupted::Fail`] unless told otherwise.
+    #[must_use]
+    pub fn on_interrupted(mut self, choice: Interrupted) -> Self {
+        self.handlers.interrupted = choice;
+        self
+    }
+
+    /// How long a running handler gets to end once [`Guest::serve`] is told to stop: 30 s unless told
+    /// otherwise. What has not ended then is interrupted.
+    #[must_use]
+    pub fn shutdown_grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
+    }
+
+    /// Serves until `shutdown` completes or this machine is given up, through outages of the broker.
+    ///
+    /// When it returns, everything finished is in the journal and acked, and the rest is back in the
+    /// queue, its deliveries uncounted (law F8).
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if another process took this guest's place,
+    /// [`ErrorKind::AuthRefused`], those of the journal.
+    ///
+    /// # Cancel safety
+    /// Dropped early, a running handler is interrupted, as if the process had been killed: nothing is
+    /// lost and nothing runs twice.
+    pub async fn serve(self, shutdown: impl Future<Output = ()>) -> Result<Served> {
+        serve::serve(self, shutdown).await
+    }
+}
+
+/// Why [`Guest::serve`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Served {
+    /// It was told to stop.
+    Stopped,
+    /// This machine was given up: it runs nothing any more.
+    Revoked,
+}
+
+#[derive(Default)]
+struct Handlers {
+    by_kind: HashMap<String, Handler>,
+    interrupted: Interrupted,
+}
+
+impl std::fmt::Debug for Handlers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.by_kind.keys()).finish()
+    }
+}
+
+/// A task that ends with this value.
+#[derive(Debug)]
+struct Task(JoinHandle<()>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A guest about to attach: await it.
+#[derive(Debug)]
+#[must_use = "nothing happens before it is awaited"]
+pub struct Attach {
+    broker: Arc<dyn Broker>,
+    guest: Result<GuestId>,
+    incarnation: Incarnation,
+    journal: Arc<dyn Journal>,
+    reports: Result<QueueName>,
+    wait: Duration,
+}
+
+impl Attach {
+    /// Which machine of the guest id this is: the first unless told otherwise. It comes with the
+    /// machine's metadata, never from the machine itself.
+    pub fn incarnation(mut self, incarnation: Incarnation) -> Self {
+        self.incarnation = incarnation;
+        self
+    }
+
+    /// How long to wait for the queue to exist, or for another process of this guest to end: not at
+    /// all unless told otherwise. Pings are answered meanwhile, as waiting for the queue.
+    pub fn wait(mut self, wait: Duration) -> Self {
+        self.wait = wait;
+        self
+    }
+
+    /// Which control plane to say hello to: `main` unless told otherwise.
+    pub fn control_plane(mut self, name: &str) -> Self {
+        self.reports = QueueName::reports(name);
+        self
+    }
+
+    async fn run(self) -> Result<Guest> {
+        let address = GuestAddress::new(self.guest?, self.incarnation);
+        let reports = self.reports?;
+        let deadline = Deadline::after(self.wait);
+        self.journal.own(&address).await?;
+        let book = Book::open(self.journal).await?;
+        let boot = BootId::generate();
+
+        let responder = attempts(deadline, ErrorKind::Conflict, || {
+            self.broker
+                .respond(&address, Deadline::after(ATTACH_WITHIN))
+        })
+        .await?;
+        let lane = Lane {
+            address: address.clone(),
+            boot: boot.clone(),
+            book: book.clone(),
+        };
+        let (tell_end, lane_ended) = oneshot::channel();
+        let lane = async move { _ = tell_end.send(lane.serve(responder).await) };
+        let reporter = Reporter {
+            broker: self.broker.clone(),
+            address: address.clone(),
+            boot,
+            book: book.clone(),
+        };
+        let mut guest = Guest {
+            address,
+            broker: self.broker,
+            reports,
+            consumer: None,
+            lane_ended,
+            tasks: vec![Task(tokio::spawn(lane)), Task(tokio::spawn(reporter.run()))],
+            handlers: Handlers::default(),
+            grace: Duration::from_secs(30),
+            book,
+        };
+        let mut dismissed = guest.book.dismissed();
+        tokio::select! {
+            attached = guest.attach_queue(deadline) => attached?,
+            _ = dismissed.wait_for(|dismissed| *dismissed) => return Err(guest.revoked()),
+        }
+        Ok(guest)
+    }
+}
+
+impl Guest {
+    /// Attaches to the queue, waiting for it until the deadline.
+    async fn attach_queue(&mut self, deadline: Deadline) -> Result<()> {
+        self.book.set_phase(Phase::WaitingForQueue);
+        self.book
+            .report(self.reports.clone(), ReportEvent::Hello)
+            .await?;
+        let queue = self.address.queue();
+        // Few deliveries at once: they are run one at a time, and what is held here waits for nobody.
+        let options =
+            ConsumeOptions::prefetch(const { std::num::NonZeroU32::new(8).expect("not zero") });
+        let consumer = attempts(deadline, ErrorKind::NoQueue, || {
+            self.broker
+                .consume(&queue, options, Deadline::after(ATTACH_WITHIN))
+        })
+        .await?;
+        self.consumer = Some(consumer);
+        self.book.set_phase(Phase::Idle);
+        self.book
+            .report(self.reports.clone(), ReportEvent::Hello)
+            .await
+    }
+
+    fn revoked(&self) -> Error {
+        Error::new(
+            ErrorKind::Revoked,
+            format!(
+                "{} was given up by its control plane and runs nothing any more",
+                self.address
+            ),
+        )
+    }
+}
+
+/// Tries until the deadline, as long as the failure is one that time can mend: what was waited for, a
+/// process that is about to end, or the broker.
+async fn attempts<T, F: Future<Output = Result<T>>>(
+    deadline: Deadline,
+    waited_for: ErrorKind,
+    mut attempt: impl FnMut() -> F,
+) -> Result<T> {
+    let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
+    loop {
+        let error = match attempt().await {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        let kind = error.kind();
+        let can_mend = *kind == waited_for || *kind == ErrorKind::Conflict || error.is_retryable();
+        let pause = backoff.next();
+        if !can_mend || deadline.remaining() < pause {
+            return Err(error);
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+impl IntoFuture for Attach {
+    type Output = Result<Guest>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Result<Guest>> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.run())
+    }
+}

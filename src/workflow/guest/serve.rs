@@ -1,0 +1,321 @@
+//! The guest's main loop: one command at a time, in order, each step on disk before the next.
+
+use std::{future::Future, pin::pin, time::Duration};
+
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+
+use crate::{
+    broker::{Consumer, Delivery},
+    deadline::Deadline,
+    error::{Error, ErrorKind, Result},
+    message::CommandId,
+    wire::{Command, CommandResult, Phase, RemoteError, ReportEvent},
+    workflow::{
+        backoff::Backoff,
+        guest::{
+            Guest, Served,
+            book::Admission,
+            context::{Context, Interrupted},
+        },
+        journal::Entry,
+    },
+};
+
+const SETTLE_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long a command waits that the journal had no room for.
+const JOURNAL_TROUBLE: Duration = Duration::from_secs(1);
+
+/// How long reports get to leave when the guest stops; what does not leave is in the journal.
+const LAST_REPORTS: Duration = Duration::from_secs(3);
+
+/// A handler that runs.
+struct Running {
+    command: CommandId,
+    task: JoinHandle<CommandResult>,
+    cancel: watch::Sender<bool>,
+}
+
+pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) -> Result<Served> {
+    let mut shutdown = pin!(shutdown);
+    let mut dismissed = guest.book.dismissed();
+    let mut interrupted = guest.book.interrupted().await?;
+    let mut running: Option<Running> = None;
+    loop {
+        if running.is_none()
+            && let Some(command) = interrupted.pop()
+        {
+            running = guest.take_up(command).await?;
+            continue;
+        }
+        let can_receive = running.is_none() && guest.consumer.is_some();
+        let step = tokio::select! {
+            biased;
+            () = &mut shutdown => Step::Stop(Served::Stopped),
+            _ = dismissed.wait_for(|dismissed| *dismissed) => Step::Stop(Served::Revoked),
+            ended = ended(&mut running) => Step::Ended(ended),
+            lost = &mut guest.lane_ended => Step::LaneLost(lost.ok()),
+            delivery = next(&mut guest.consumer), if can_receive => Step::Received(delivery),
+        };
+        match step {
+            Step::Stop(why) => {
+                stop(guest, running).await?;
+                return Ok(why);
+            }
+            Step::Ended(result) => {
+                if let Some(ended) = running.take() {
+                    guest.finish(ended.command, result).await?;
+                    guest.book.set_phase(Phase::Idle);
+                }
+            }
+            Step::LaneLost(error) => {
+                return Err(error.unwrap_or_else(|| {
+                    Error::new(ErrorKind::Internal, "the lane's task ended without a word")
+                }));
+            }
+            Step::Received(Ok(delivery)) => running = guest.receive(delivery).await?,
+            Step::Received(Err(error)) if *error.kind() == ErrorKind::QueueDeleted => {
+                // Case W23: only the control plane makes queues; wait until it has.
+                tracing::warn!(guest = %guest.address, "the queue was deleted; waiting for it to come back");
+                guest.consumer = None;
+                let forever = Deadline::after(Duration::MAX);
+                tokio::select! {
+                    biased;
+                    () = &mut shutdown => {
+                        stop(guest, running).await?;
+                        return Ok(Served::Stopped);
+                    }
+                    _ = dismissed.wait_for(|dismissed| *dismissed) => {}
+                    attached = guest.attach_queue(forever) => attached?,
+                }
+            }
+            Step::Received(Err(error)) => return Err(error),
+        }
+    }
+}
+
+enum Step {
+    Stop(Served),
+    Ended(CommandResult),
+    LaneLost(Option<Error>),
+    Received(Result<Delivery>),
+}
+
+async fn next(consumer: &mut Option<Box<dyn Consumer>>) -> Result<Delivery> {
+    match consumer {
+        Some(consumer) => consumer.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn ended(running: &mut Option<Running>) -> CommandResult {
+    let Some(running) = running else {
+        return std::future::pending().await;
+    };
+    match (&mut running.task).await {
+        Ok(result) => result,
+        Err(error) => {
+            let message = match error.try_into_panic() {
+                Ok(panic) => panic_text(panic.as_ref()),
+                Err(_) => "the handler was aborted".into(),
+            };
+            CommandResult::Error(RemoteError::new("panicked", message))
+        }
+    }
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .map_or_else(
+            || "the handler panicked".into(),
+            |text| format!("the handler panicked: {text}"),
+        )
+}
+
+/// Ends in bounded time (law F8): what runs gets its grace, what was finished is reported if the
+/// broker lets it be, what was received goes back.
+async fn stop(mut guest: Guest, running: Option<Running>) -> Result<()> {
+    guest.book.set_phase(Phase::Stopping);
+    if let Some(running) = running {
+        running.cancel.send_replace(true);
+        let command = running.command.clone();
+        let grace = guest.grace;
+        let mut handler = Some(running);
+        match timeout(grace, ended(&mut handler)).await {
+            Ok(result) => guest.finish(command, result).await?,
+            Err(_) => {
+                tracing::warn!(guest = %guest.address, %command, "still running after its grace: interrupted");
+                if let Some(running) = handler {
+                    running.task.abort();
+                }
+            }
+        }
+    }
+    if let Some(consumer) = guest.consumer.take() {
+        let closed = consumer.close(Deadline::after(SETTLE_WITHIN)).await;
+        if let Err(error) = closed {
+            tracing::warn!(guest = %guest.address, %error, "the consumer was dropped, not closed");
+        }
+    }
+    let mut changes = guest.book.changes();
+    let all_reported = async {
+        while guest.book.next_report().await?.is_some() {
+            changes.mark_unchanged();
+            if guest.book.next_report().await?.is_none() || changes.changed().await.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    };
+    timeout(LAST_REPORTS, all_reported).await.unwrap_or(Ok(()))
+}
+
+impl Guest {
+    /// A command that was running when the last process ended (case W9).
+    async fn take_up(&mut self, command: CommandId) -> Result<Option<Running>> {
+        match self.handlers.interrupted {
+            Interrupted::RunAgain => self.start(command).await,
+            Interrupted::Fail => {
+                let error = RemoteError::new(
+                    "interrupted",
+                    "the agent ended while this ran; it is not run a second time",
+                );
+                self.finish(command, CommandResult::Error(error)).await?;
+                Ok(None)
+            }
+        }
+    }
+
+    async fn receive(&mut self, delivery: Delivery) -> Result<Option<Running>> {
+        let within = Deadline::after(SETTLE_WITHIN);
+        let command = match Command::from_message(&delivery.message).and_then(|command| {
+            let here = command.address() == self.address;
+            here.then_some(command).ok_or_else(|| {
+                Error::new(
+                    ErrorKind::WrongIncarnation,
+                    "this command is for another machine",
+                )
+            })
+        }) {
+            Ok(command) => command,
+            Err(error) => {
+                self.refuse(delivery, &error).await?;
+                return Ok(None);
+            }
+        };
+        let id = command.command.clone();
+        let admission = match self.book.accept(command).await {
+            Ok(admission) => admission,
+            Err(error) => {
+                // Not in the journal, so not accepted: it comes again, when there may be room.
+                tracing::error!(guest = %self.address, command = %id, %error, "the journal refuses");
+                settled(delivery.retry(JOURNAL_TROUBLE, within).await, &id);
+                return Ok(None);
+            }
+        };
+        if !settled(delivery.ack(within).await, &id) {
+            // Not acked as far as we know: it comes again, or was taken back. Nothing starts.
+            return Ok(None);
+        }
+        match admission {
+            Admission::Run => self.start(id).await,
+            Admission::Known => Ok(None),
+        }
+    }
+
+    /// Case W28: nothing in this message can be run. It is kept among the dead letters, and told.
+    async fn refuse(&mut self, delivery: Delivery, error: &Error) -> Result<()> {
+        let kind = match error.kind() {
+            ErrorKind::VersionUnsupported => "version_unsupported",
+            ErrorKind::WrongIncarnation => "wrong_incarnation",
+            _ => "poison",
+        };
+        tracing::warn!(guest = %self.address, message = %delivery.message.id, %error, "refused");
+        let message = delivery.message.id.clone();
+        let reason = RemoteError::new(kind, error.to_string());
+        let within = Deadline::after(SETTLE_WITHIN);
+        if settled(
+            delivery.dead_letter(reason.to_string(), within).await,
+            &message,
+        ) {
+            let event = ReportEvent::Refused { message, reason };
+            self.book.report(self.reports.clone(), event).await?;
+        }
+        Ok(())
+    }
+
+    async fn start(&mut self, command: CommandId) -> Result<Option<Running>> {
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let entry = loop {
+            match self.book.start(command.clone()).await {
+                Ok(Some(entry)) => break entry,
+                Ok(None) => return Ok(None),
+                Err(error) => {
+                    tracing::error!(guest = %self.address, %command, %error, "the journal refuses");
+                    backoff.pause().await;
+                }
+            }
+        };
+        self.book.set_phase(Phase::Busy);
+        let (cancel, cancelled) = watch::channel(false);
+        let task = tokio::spawn(self.run(entry, cancelled));
+        Ok(Some(Running {
+            command,
+            task,
+            cancel,
+        }))
+    }
+
+    fn run(
+        &self,
+        entry: Entry,
+        cancelled: watch::Receiver<bool>,
+    ) -> impl Future<Output = CommandResult> + Send + use<> {
+        let handler = self.handlers.by_kind.get(entry.kind.as_str()).cloned();
+        let context = Context {
+            address: self.address.clone(),
+            command: entry.command,
+            run: entry.runs,
+            checkpoint: entry.checkpoint,
+            book: self.book.clone(),
+            cancelled,
+        };
+        async move {
+            match handler {
+                Some(handler) => handler(entry.payload, context).await,
+                None => CommandResult::Error(RemoteError::new(
+                    "unknown_command",
+                    format!("this guest has no handler for {}", entry.kind),
+                )),
+            }
+        }
+    }
+
+    /// Writes down how a command ended, for as long as it takes: its outcome must not be lost.
+    async fn finish(&mut self, command: CommandId, result: CommandResult) -> Result<()> {
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        loop {
+            match self.book.finish(command.clone(), result.clone()).await {
+                Ok(()) => return Ok(()),
+                Err(error) if *error.kind() == ErrorKind::Closed => return Err(error),
+                Err(error) => {
+                    tracing::error!(guest = %self.address, %command, %error, "the journal refuses");
+                    sleep(backoff.next()).await;
+                }
+            }
+        }
+    }
+}
+
+/// Whether a settlement was confirmed. If not, the broker delivers again (laws C3, C4).
+fn settled(result: Result<()>, message: &CommandId) -> bool {
+    if let Err(error) = &result {
+        tracing::warn!(%message, %error, "not settled");
+    }
+    result.is_ok()
+}

@@ -1,0 +1,344 @@
+//! The provisioning's state machine, pure: an event changes a record, and a record says what to do next.
+//!
+//! Nothing here does I/O or reads a clock. The record is saved before [`todo`] is carried out, and
+//! every effect can be carried out again: a crash between the two repeats an effect, never skips one.
+
+use std::time::Duration;
+
+use crate::{
+    message::MessageId,
+    wire::{BootId, CommandResult, CommandState, RemoteError},
+    workflow::record::{
+        ProvisionOutcome, Reason, ReasonKind, Record, SendPolicy, Sent, Stage, State, Trouble,
+    },
+};
+
+/// How long a running guest may be silent before it is suspect: several watch rounds.
+pub(crate) const SUSPECT_AFTER: Duration = Duration::from_secs(6);
+
+/// Something that was learnt.
+#[derive(Clone, Debug)]
+pub(crate) enum Event {
+    /// The queue exists.
+    Declared,
+    /// The guest is attached to its queue and answers.
+    Pong(BootId),
+    /// The guest told how the command stands.
+    Command(CommandState, Option<BootId>),
+    /// The guest accepted prepare: it is acked, and will be run.
+    Accepted(BootId),
+    /// The guest refused the command, or it became a dead letter.
+    Refused(RemoteError),
+    /// Something could not be reached.
+    Trouble(Trouble),
+    /// The broker confirmed the publish.
+    SendConfirmed,
+    /// Prepare is in no queue, and its guest does not have it either.
+    Lost,
+    /// The queue is gone.
+    QueueGone,
+    /// It is not wanted any more, or cannot come to anything.
+    GiveUp(Reason),
+    /// The guest was asked not to start prepare, and had started it.
+    TooLate,
+    /// Time passed.
+    Tick,
+    /// The queue and what was in it are gone for good; whether prepare was among that.
+    Fenced { discarded: bool },
+    /// Everything of it is gone from the broker.
+    Deleted,
+}
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Todo {
+    /// Declare the queue.
+    Declare,
+    /// Ping until the guest answers.
+    Await,
+    /// Publish prepare, under the same id each time.
+    Publish,
+    /// Wait for reports, and look after the guest.
+    Watch,
+    /// Make sure that no guest runs prepare any more.
+    Revoke,
+    /// Nothing: it has ended.
+    Nothing,
+}
+
+/// What a record asks for.
+pub(crate) fn todo(record: &Record) -> Todo {
+    match record.state {
+        State::Planned => Todo::Declare,
+        State::AwaitingGuest => Todo::Await,
+        State::QueueReady | State::GuestUp => Todo::Publish,
+        State::Sent | State::Running | State::Suspect => Todo::Watch,
+        State::Revoking => Todo::Revoke,
+        State::Succeeded | State::Failed | State::NotDelivered | State::Deleted => Todo::Nothing,
+    }
+}
+
+/// Takes in an event. True: the record has changed in a way that has to be saved.
+pub(crate) fn apply(record: &mut Record, event: Event, now_ms: u64) -> bool {
+    if record.state.is_terminal() {
+        return match event {
+            Event::Deleted if record.state != State::Deleted => {
+                enter(record, State::Deleted, now_ms)
+            }
+            _ => false,
+        };
+    }
+    match event {
+        Event::Declared => match (record.state, record.policy) {
+            (State::Planned, _) if record.accepted => enter(record, State::Running, now_ms),
+            (State::Planned, SendPolicy::PingFirst) => enter(record, State::AwaitingGuest, now_ms),
+            (State::Planned, SendPolicy::EnqueueFirst) => {
+                begin_to_send(record, State::QueueReady, now_ms)
+            }
+            _ => false,
+        },
+        Event::Pong(boot) => {
+            let changed = saw(record, Some(boot), now_ms);
+            match record.state {
+                State::AwaitingGuest => begin_to_send(record, State::GuestUp, now_ms),
+                State::Suspect => enter(record, State::Running, now_ms),
+                _ => changed,
+            }
+        }
+        Event::Accepted(boot) => {
+            saw(record, Some(boot), now_ms);
+            accepted(record, now_ms)
+        }
+        Event::Command(state, boot) => {
+            let changed = saw(record, boot, now_ms);
+            match state {
+                CommandState::Done(receipt) => {
+                    let runs = receipt.runs;
+                    let outcome = match receipt.result {
+                        CommandResult::Ok(result) => ProvisionOutcome::Succeeded {
+                            result: serde_json::from_str(result.get()).unwrap_or_default(),
+                            runs,
+                        },
+                        CommandResult::Error(error) => ProvisionOutcome::Failed {
+                            reason: Reason::from(&error),
+                            runs,
+                        },
+                    };
+                    end(record, outcome, now_ms)
+                }
+                CommandState::Running { .. } => accepted(record, now_ms),
+                CommandState::Withdrawn => {
+                    let reason = why(record);
+                    end(record, ProvisionOutcome::NotDelivered { reason }, now_ms)
+                }
+                CommandState::Unknown | CommandState::Accepted => changed,
+            }
+        }
+        Event::Refused(error) => {
+            let reason = Reason::from(&error);
+            end(record, ProvisionOutcome::Failed { reason, runs: 0 }, now_ms)
+        }
+        Event::Trouble(trouble) => {
+            let news = record.trouble.as_ref().map(|old| old.kind) != Some(trouble.kind);
+            record.trouble = Some(trouble);
+            news
+        }
+        Event::SendConfirmed => match record.state {
+            State::QueueReady | State::GuestUp => {
+                record.sent = Sent::Confirmed;
+                record.trouble = None;
+                enter(record, State::Sent, now_ms)
+            }
+            State::Revoking => {
+                record.sent = Sent::Confirmed;
+                true
+            }
+            _ => false,
+        },
+        Event::Lost => match record.state {
+            State::Sent | State::Running | State::Suspect => {
+                begin_to_send(record, State::GuestUp, now_ms)
+            }
+            _ => false,
+        },
+        Event::QueueGone => match record.state {
+            State::Revoking | State::Planned => false,
+            _ => enter(record, State::Planned, now_ms),
+        },
+        Event::GiveUp(reason) => revoke(record, reason, now_ms),
+        Event::TooLate => match record.state {
+            State::Revoking => too_late(record, now_ms),
+            _ => false,
+        },
+        Event::Tick => tick(record, now_ms),
+        Event::Fenced { discarded } => match record.state {
+            State::Revoking => fenced(record, discarded, now_ms),
+            _ => false,
+        },
+        Event::Deleted => false,
+    }
+}
+
+/// When [`Event::Tick`] has something to do next, in milliseconds since 1970.
+pub(crate) fn next_tick_ms(record: &Record) -> u64 {
+    let total = after(record.created_ms, record.deadlines.total);
+    stage_deadline(record)
+        .map_or(total, |(_, deadline)| deadline.min(total))
+        .min(suspect_from(record).unwrap_or(u64::MAX))
+}
+
+fn tick(record: &mut Record, now_ms: u64) -> bool {
+    if now_ms >= after(record.created_ms, record.deadlines.total) {
+        return give_up(record, Stage::Total, now_ms);
+    }
+    match stage_deadline(record) {
+        Some((stage, deadline)) if now_ms >= deadline => return give_up(record, stage, now_ms),
+        _ => {}
+    }
+    match suspect_from(record) {
+        Some(from) if now_ms >= from => enter(record, State::Suspect, now_ms),
+        _ => false,
+    }
+}
+
+/// The stage that a record is in, and when its deadline passes.
+pub(crate) fn stage_deadline(record: &Record) -> Option<(Stage, u64)> {
+    let deadlines = &record.deadlines;
+    let boot = after(record.created_ms, deadlines.boot);
+    match record.state {
+        _ if record.accepted => Some((
+            Stage::Progress,
+            after(last_seen(record), deadlines.progress),
+        )),
+        State::Planned | State::AwaitingGuest => Some((Stage::Boot, boot)),
+        // Prepare may wait in the queue for a guest that is still booting.
+        State::Sent if record.boot.is_none() => Some((Stage::Boot, boot)),
+        State::QueueReady | State::GuestUp | State::Sent => {
+            Some((Stage::Accept, after(record.since_ms, deadlines.accept)))
+        }
+        State::Running | State::Suspect => Some((
+            Stage::Progress,
+            after(last_seen(record), deadlines.progress),
+        )),
+        _ => None,
+    }
+    .filter(|_| record.state != State::Revoking)
+}
+
+/// When a running guest becomes suspect.
+fn suspect_from(record: &Record) -> Option<u64> {
+    (record.state == State::Running).then(|| after(last_seen(record), SUSPECT_AFTER))
+}
+
+fn last_seen(record: &Record) -> u64 {
+    record.seen_ms.unwrap_or(record.created_ms)
+}
+
+fn after(from_ms: u64, duration: Duration) -> u64 {
+    from_ms.saturating_add(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// A deadline has passed: what stood in the way is the reason, or that it passed.
+fn give_up(record: &mut Record, stage: Stage, now_ms: u64) -> bool {
+    let reason = match &record.trouble {
+        Some(trouble) if stage != Stage::Total => Reason::new(trouble.kind, trouble.detail.clone()),
+        _ => Reason::new(ReasonKind::DeadlineExceeded, String::new()),
+    };
+    revoke(record, reason.at(stage), now_ms)
+}
+
+fn revoke(record: &mut Record, reason: Reason, now_ms: u64) -> bool {
+    if record.state == State::Revoking {
+        return false;
+    }
+    record.revoking = Some(reason);
+    enter(record, State::Revoking, now_ms)
+}
+
+/// The broker has arbitrated: prepare was discarded before anybody could ack it, or it was not there.
+fn fenced(record: &mut Record, discarded: bool, now_ms: u64) -> bool {
+    // Not among the discarded: a guest may have acked it, unless there never was one.
+    let may_run = match record.sent {
+        Sent::Never => false,
+        Sent::Maybe | Sent::Confirmed => record.accepted || record.boot.is_some(),
+    };
+    if may_run && !discarded {
+        return too_late(record, now_ms);
+    }
+    let reason = why(record);
+    end(record, ProvisionOutcome::NotDelivered { reason }, now_ms)
+}
+
+/// A guest has it (case W37): it goes on to its outcome, unless there is no time left for one.
+fn too_late(record: &mut Record, now_ms: u64) -> bool {
+    record.accepted = true;
+    if is_out_of_time(record, now_ms) {
+        let reason = why(record);
+        return end(record, ProvisionOutcome::Failed { reason, runs: 0 }, now_ms);
+    }
+    record.revoking = None;
+    record.seen_ms = Some(now_ms);
+    // Its queue may be gone by now, and has to be there for the guest to serve.
+    enter(record, State::Planned, now_ms)
+}
+
+/// Whether a prepare that the guest has accepted would come too late anyway.
+fn is_out_of_time(record: &Record, now_ms: u64) -> bool {
+    let reason = why(record);
+    reason.kind == ReasonKind::HostFailed
+        || matches!(reason.stage, Some(Stage::Progress | Stage::Total))
+        || now_ms >= after(record.created_ms, record.deadlines.total)
+}
+
+fn why(record: &Record) -> Reason {
+    record
+        .revoking
+        .clone()
+        .unwrap_or_else(|| Reason::new(ReasonKind::Revoked, "given up"))
+}
+
+fn accepted(record: &mut Record, now_ms: u64) -> bool {
+    let news = !record.accepted;
+    record.accepted = true;
+    record.sent = Sent::Confirmed;
+    match record.state {
+        // Whether it is too late to revoke is for the fence to say.
+        State::Revoking | State::Planned | State::Running => news,
+        _ => enter(record, State::Running, now_ms),
+    }
+}
+
+fn begin_to_send(record: &mut Record, state: State, now_ms: u64) -> bool {
+    if record.sent == Sent::Never {
+        record.sent = Sent::Maybe;
+    }
+    enter(record, state, now_ms)
+}
+
+/// A sign of life. True if it has to be saved: not each one is.
+fn saw(record: &mut Record, boot: Option<MessageId>, now_ms: u64) -> bool {
+    record.seen_ms = Some(now_ms);
+    let recovered = record.trouble.take().is_some();
+    let rebooted = boot.is_some() && record.boot != boot;
+    if rebooted {
+        record.boot = boot;
+    }
+    recovered || rebooted
+}
+
+fn end(record: &mut Record, outcome: ProvisionOutcome, now_ms: u64) -> bool {
+    let state = outcome.state();
+    record.outcome = Some(outcome);
+    enter(record, state, now_ms)
+}
+
+fn enter(record: &mut Record, state: State, now_ms: u64) -> bool {
+    /// More would only be a guest that flaps.
+    const LONGEST_HISTORY: usize = 64;
+    record.state = state;
+    record.since_ms = now_ms;
+    if record.history.len() < LONGEST_HISTORY {
+        record.history.push((now_ms, state));
+    }
+    true
+}

@@ -1,0 +1,29 @@
+//! The workflow: the taskmanager provisions, the guest runs, and both write down what they do before
+//! they do it.
+
+mod ask;
+mod backoff;
+mod guest;
+mod journal;
+mod machine;
+mod record;
+mod records;
+#[cfg(feature = "sqlite")]
+mod sqlite;
+mod taskmanager;
+
+/// The name of a control plane that is given none.
+pub(crate) const DEFAULT_NAME: &str = "main";
+
+#[cfg(feature = "sqlite")]
+pub use self::sqlite::{SqliteJournal, SqliteRecords};
+pub use self::{
+    guest::{Attach, Context, Failure, Guest, Interrupted, Served},
+    journal::{Entry, EntryState, Journal, MemoryJournal},
+    record::{
+        Deadlines, ProvisionOutcome, Reason, ReasonKind, Record, SendPolicy, Sent, Stage, State,
+        Trouble,
+    },
+    records::{MemoryRecords, Records},
+    taskmanager::{Cancelled, GuestHandle, HostProbe, HostState, Provision, Taskmanager},
+};

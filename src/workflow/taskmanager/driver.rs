@@ -1,0 +1,422 @@
+//! Drives one provisioning: learns, saves, and only then acts.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, sleep, sleep_until, timeout},
+};
+
+use crate::{
+    broker::QueueSpec,
+    deadline::Deadline,
+    error::{Error, ErrorKind, Result},
+    wire::{Command, CommandState, Phase, RemoteError, Report, ReportEvent},
+    workflow::{
+        backoff::Backoff,
+        machine::{self, Event, Todo},
+        record::{ProvisionOutcome, Reason, ReasonKind, Record, Sent, State, Trouble, now_ms},
+        taskmanager::{Cancelled, HostState, Inner, OPERATION, Progress, lock},
+    },
+};
+
+/// How long a guest may take to answer a ping before the next one.
+const PING: Duration = Duration::from_secs(1);
+
+/// How long after the publish, or after its last word, a guest is asked how prepare stands.
+const WATCH: Duration = Duration::from_secs(2);
+
+/// How often the host is asked about the machine, and how long it may take to answer.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+const PROBE_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long a revocation may fail before those who wait are told that the broker is out of reach.
+const STUCK_AFTER: Duration = Duration::from_secs(5);
+
+/// What others tell a driver.
+pub(super) enum Signal {
+    /// A report of its guest, to be acked once it is on disk.
+    Report(Report, crate::broker::Delivery),
+    /// Give it up, and say what became of that.
+    Cancel(oneshot::Sender<Cancelled>),
+}
+
+/// Drives one record to its end.
+pub(super) struct Driver {
+    inner: Arc<Inner>,
+    record: Record,
+    inbox: mpsc::Receiver<Signal>,
+    tell: watch::Sender<Progress>,
+    cancels: Vec<oneshot::Sender<Cancelled>>,
+    backoff: Backoff,
+    next_probe: Instant,
+    revoking_fails_since: Option<Instant>,
+}
+
+impl Driver {
+    pub(super) fn new(
+        inner: Arc<Inner>,
+        record: Record,
+        inbox: mpsc::Receiver<Signal>,
+        tell: watch::Sender<Progress>,
+    ) -> Self {
+        Self {
+            inner,
+            record,
+            inbox,
+            tell,
+            cancels: Vec::new(),
+            backoff: fast_backoff(),
+            next_probe: Instant::now(),
+            revoking_fails_since: None,
+        }
+    }
+
+    pub(super) async fn run(mut self) {
+        if let Err(error) = self.drive().await {
+            tracing::error!(guest = %self.record.address, %error, "provisioning stopped; it stays recorded");
+            self.tell
+                .send_modify(|progress| progress.stopped = Some(Arc::new(error)));
+        }
+    }
+
+    /// # Errors
+    /// Only those after which nothing may be done any more: somebody else drives this record.
+    async fn drive(&mut self) -> Result<()> {
+        loop {
+            self.learn(Event::Tick).await?;
+            self.answer_cancels();
+            let state = self.record.state;
+            match machine::todo(&self.record) {
+                Todo::Declare => self.declare().await?,
+                Todo::Await => self.await_guest().await?,
+                Todo::Publish => self.publish().await?,
+                Todo::Watch => self.watch().await?,
+                Todo::Revoke => self.revoke().await?,
+                Todo::Nothing => return Ok(()),
+            }
+            if self.record.state != state {
+                self.backoff = fast_backoff();
+            }
+        }
+    }
+
+    async fn declare(&mut self) -> Result<()> {
+        // A machine of an earlier incarnation may still be there (case W25): it loses its queue first.
+        let number = self.record.address.incarnation.get();
+        if let Ok(earlier) = crate::Incarnation::new(number - 1) {
+            let earlier = crate::GuestAddress::new(self.record.address.guest.clone(), earlier);
+            if let Err(error) = self.inner.fence(&earlier).await {
+                return self.trouble(error).await;
+            }
+        }
+        let spec = QueueSpec::new(self.record.address.queue());
+        match self
+            .inner
+            .broker
+            .declare(&spec, Deadline::after(OPERATION))
+            .await
+        {
+            Ok(_) => self.learn(Event::Declared).await,
+            Err(error) => self.trouble(error).await,
+        }
+    }
+
+    async fn await_guest(&mut self) -> Result<()> {
+        let asker = self.inner.asker(&self.record.address);
+        let pong = tokio::select! {
+            signal = self.inbox.recv() => return self.handle(signal).await,
+            pong = asker.ping(PING) => pong,
+        };
+        match pong {
+            Ok(pong) if pong.phase == Phase::WaitingForQueue => {
+                // It will be attached in a moment, and say so.
+                self.pause(Duration::from_millis(50)).await
+            }
+            Ok(pong) => self.learn(Event::Pong(pong.boot)).await,
+            Err(error) => self.trouble(error).await,
+        }
+    }
+
+    async fn publish(&mut self) -> Result<()> {
+        let record = &self.record;
+        let command = Command::new(
+            &record.address,
+            record.command.clone(),
+            crate::MessageId::new(record.kind())?,
+            Some(self.inner.reports.clone()),
+            record.payload.clone(),
+        );
+        let deadline = Deadline::after(OPERATION);
+        let queue = record.address.queue();
+        match self
+            .inner
+            .broker
+            .publish(&queue, command.to_message()?, deadline)
+            .await
+        {
+            Ok(_) => self.learn(Event::SendConfirmed).await,
+            Err(error) => match error.kind() {
+                ErrorKind::NoQueue => self.learn(Event::QueueGone).await,
+                ErrorKind::TooLarge { .. } => {
+                    let reason = Reason::new(ReasonKind::Poison, error.to_string());
+                    self.learn(Event::GiveUp(reason)).await
+                }
+                // Unknown or not stored: the same id again (case W19).
+                _ => self.trouble(error).await,
+            },
+        }
+    }
+
+    /// Waits for reports; now and then asks the guest, in case one was lost (cases W15, W21).
+    async fn watch(&mut self) -> Result<()> {
+        let before = (self.record.state, self.record.seen_ms);
+        self.pause(WATCH).await?;
+        if (self.record.state, self.record.seen_ms) != before {
+            return Ok(());
+        }
+        let asker = self.inner.asker(&self.record.address);
+        let command = self.record.command.clone();
+        let state = tokio::select! {
+            signal = self.inbox.recv() => return self.handle(signal).await,
+            state = asker.status(&command, Duration::ZERO, PING) => state,
+        };
+        match state {
+            Ok(CommandState::Unknown) if self.record.accepted => {
+                let lost = "the guest accepted prepare, and does not know of it any more: its journal was lost";
+                self.learn(Event::Refused(RemoteError::new("journal_lost", lost)))
+                    .await
+            }
+            Ok(state) => {
+                let may_be_lost = matches!(state, CommandState::Unknown | CommandState::Accepted);
+                self.learn(Event::Command(state, None)).await?;
+                if may_be_lost {
+                    self.look_for_prepare().await
+                } else {
+                    Ok(())
+                }
+            }
+            Err(error) => {
+                self.learn(Event::Trouble(Trouble::from(&error))).await?;
+                self.look_for_prepare().await
+            }
+        }
+    }
+
+    /// The guest does not have prepare: it is in the queue, or among the dead letters, or lost
+    /// (cases W23, W24).
+    async fn look_for_prepare(&mut self) -> Result<()> {
+        let queue = self.record.address.queue();
+        let deadline = Deadline::after(OPERATION);
+        let status = match self.inner.broker.status(&queue, deadline).await {
+            Ok(status) => status,
+            Err(error) if *error.kind() == ErrorKind::NoQueue => {
+                return self.learn(Event::QueueGone).await;
+            }
+            Err(error) => return self.trouble(error).await,
+        };
+        if self.record.accepted || status.ready + status.delayed + status.in_flight > 0 {
+            return Ok(());
+        }
+        if status.dead > 0 {
+            let limit = const { std::num::NonZeroU32::new(100).expect("not zero") };
+            let letters = self
+                .inner
+                .broker
+                .dead_letters(&queue, None, limit, deadline)
+                .await;
+            let letters = match letters {
+                Ok(letters) => letters,
+                Err(error) => return self.trouble(error).await,
+            };
+            if let Some(letter) = letters.iter().find(|l| l.message.id == self.record.command) {
+                let error = RemoteError::new("poison", letter.reason.clone());
+                return self.learn(Event::Refused(error)).await;
+            }
+        }
+        self.learn(Event::Lost).await
+    }
+
+    /// Makes sure that no guest runs prepare from now on, or finds that one does.
+    ///
+    /// Three things hold it: a guest that is there writes down that it will never start it, or answers
+    /// that it is too late; the queue is deleted, and the broker says whether prepare was still in it;
+    /// and a guest starts nothing without a confirmed ack from a queue that it is attached to.
+    async fn revoke(&mut self) -> Result<()> {
+        let command = self.record.command.clone();
+        let asker = self.inner.asker(&self.record.address);
+        let mut withdrawn = false;
+        if self.record.sent != Sent::Never {
+            match asker.withdraw(&command, PING).await {
+                Ok(CommandState::Withdrawn) => withdrawn = true,
+                Ok(state @ CommandState::Done(_)) => {
+                    return self.learn(Event::Command(state, None)).await;
+                }
+                Ok(CommandState::Running { .. }) => {
+                    self.learn(Event::TooLate).await?;
+                    if self.record.state == State::Failed {
+                        self.fence_after_the_end().await;
+                    }
+                    return Ok(());
+                }
+                Ok(_) | Err(_) => {}
+            }
+        }
+        match self.inner.fence(&self.record.address).await {
+            Ok(_) if withdrawn => {
+                self.learn(Event::Command(CommandState::Withdrawn, None))
+                    .await
+            }
+            Ok(ids) => {
+                self.learn(Event::Fenced {
+                    discarded: ids.contains(&command),
+                })
+                .await
+            }
+            Err(error) => self.revoking_failed(error).await,
+        }
+    }
+
+    /// The outcome stands; the machine is not to go on.
+    async fn fence_after_the_end(&self) {
+        if let Err(error) = self.inner.fence(&self.record.address).await {
+            tracing::warn!(guest = %self.record.address, %error, "its queue is still there");
+        }
+    }
+
+    async fn revoking_failed(&mut self, error: Error) -> Result<()> {
+        let since = *self.revoking_fails_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= STUCK_AFTER {
+            if self.record.sent == Sent::Never {
+                // It was never published, so nothing can run. What is left of its queue is swept up
+                // when the broker is back.
+                return self.learn(Event::Fenced { discarded: false }).await;
+            }
+            self.tell.send_modify(|progress| progress.stuck = true);
+        }
+        self.trouble(error).await
+    }
+
+    /// Something is in the way: remembers it, and waits a little.
+    async fn trouble(&mut self, error: Error) -> Result<()> {
+        tracing::debug!(guest = %self.record.address, %error, "waiting");
+        self.learn(Event::Trouble(Trouble::from(&error))).await?;
+        let pause = self.backoff.next();
+        self.pause(pause).await
+    }
+
+    /// Waits: for a signal, for the host's word, for a deadline, at most this long.
+    async fn pause(&mut self, longest: Duration) -> Result<()> {
+        let until_tick = machine::next_tick_ms(&self.record).saturating_sub(now_ms());
+        // The wall clock may lag behind the monotonic one by its grain.
+        let until_tick = Duration::from_millis(until_tick.saturating_add(1));
+        tokio::select! {
+            signal = self.inbox.recv() => self.handle(signal).await,
+            reason = host_failure(&self.inner, &self.record, &mut self.next_probe) => {
+                self.learn(Event::GiveUp(reason)).await
+            }
+            () = sleep(longest.min(until_tick)) => Ok(()),
+        }
+    }
+
+    async fn handle(&mut self, signal: Option<Signal>) -> Result<()> {
+        match signal {
+            None => Err(Error::new(ErrorKind::Closed, "the taskmanager is closed")),
+            Some(Signal::Cancel(to)) => {
+                self.cancels.push(to);
+                let reason = Reason::new(ReasonKind::Revoked, "cancelled by the control plane");
+                self.learn(Event::GiveUp(reason)).await
+            }
+            Some(Signal::Report(report, delivery)) => {
+                let boot = report.boot.clone();
+                let ours = |command: &crate::CommandId| *command == self.record.command;
+                let event = match report.event {
+                    ReportEvent::Accepted { command } if ours(&command) => {
+                        Some(Event::Accepted(boot))
+                    }
+                    ReportEvent::Progress { command, .. } if ours(&command) => Some(
+                        Event::Command(CommandState::Running { runs: 0 }, Some(boot)),
+                    ),
+                    ReportEvent::Done { command, receipt } if ours(&command) => {
+                        Some(Event::Command(CommandState::Done(receipt), Some(boot)))
+                    }
+                    ReportEvent::Refused { message, reason } if ours(&message) => {
+                        Some(Event::Refused(reason))
+                    }
+                    // It is up: whatever is waited for can be tried at once.
+                    ReportEvent::Hello => {
+                        self.backoff = fast_backoff();
+                        None
+                    }
+                    _ => None,
+                };
+                if let Some(event) = event {
+                    self.learn(event).await?;
+                }
+                let settled = delivery.ack(Deadline::after(OPERATION)).await;
+                if let Err(error) = settled {
+                    tracing::debug!(%error, "a report was not settled; it comes again");
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes in an event; returns when what it changed is on disk.
+    async fn learn(&mut self, event: Event) -> Result<()> {
+        let mut next = self.record.clone();
+        if machine::apply(&mut next, event, now_ms()) {
+            let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+            while let Err(error) = self.inner.save(&mut next).await {
+                if *error.kind() == ErrorKind::Conflict {
+                    return Err(error);
+                }
+                tracing::error!(guest = %next.address, %error, "the records refuse; trying again");
+                backoff.pause().await;
+            }
+            tracing::info!(guest = %next.address, state = %next.state, "provisioning");
+            let record = Arc::new(next.clone());
+            self.tell.send_modify(|progress| progress.record = record);
+        }
+        self.record = next;
+        Ok(())
+    }
+
+    fn answer_cancels(&mut self) {
+        if self.record.state == State::Revoking {
+            return;
+        }
+        let became = match self.record.outcome {
+            Some(ProvisionOutcome::NotDelivered { .. }) => Cancelled::Revoked,
+            _ => Cancelled::TooLate,
+        };
+        for cancel in self.cancels.drain(..) {
+            // Nobody has to wait for it.
+            let _ = cancel.send(became.clone());
+        }
+    }
+}
+
+fn fast_backoff() -> Backoff {
+    // Short at first: a guest that is about to attach. Long in the end: ten thousand that are not.
+    Backoff::new(Duration::from_millis(20), Duration::from_secs(4))
+}
+
+/// Returns when the host says that the machine will not come to anything.
+async fn host_failure(inner: &Inner, record: &Record, next_probe: &mut Instant) -> Reason {
+    let probe = lock(&inner.probe).clone();
+    let (Some(probe), false) = (probe, record.state == State::Revoking) else {
+        return std::future::pending().await;
+    };
+    loop {
+        sleep_until(*next_probe).await;
+        let state = timeout(PROBE_WITHIN, probe.probe(&record.address)).await;
+        *next_probe = Instant::now() + PROBE_EVERY;
+        let detail = match state {
+            Ok(HostState::Failed(detail)) => detail,
+            Ok(HostState::Gone) => "the machine is gone".into(),
+            Ok(HostState::Booting | HostState::Up) | Err(_) => continue,
+        };
+        return Reason::new(ReasonKind::HostFailed, detail);
+    }
+}

@@ -1,0 +1,434 @@
+//! The taskmanager: provisions guests, and holds each to exactly one recorded outcome.
+
+mod driver;
+mod handle;
+mod provision;
+mod reports;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use serde::Serialize;
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+use self::{
+    driver::{Driver, Signal},
+    reports::Collector,
+};
+pub use self::{handle::GuestHandle, provision::Provision};
+use crate::{
+    broker::{Broker, DeleteMode},
+    deadline::Deadline,
+    error::{Error, ErrorKind, Result},
+    names::{GuestAddress, GuestId, QueueName},
+    wire,
+    workflow::{
+        ask::Asker,
+        machine::{self, Event},
+        record::{Record, State, now_ms},
+        records::Records,
+    },
+};
+
+/// How long one operation on the broker may take before it counts as failed and is tried again.
+const OPERATION: Duration = Duration::from_secs(10);
+
+/// What the hypervisor knows of a machine: a service's own lookup, asked while its guest is waited for.
+#[async_trait]
+pub trait HostProbe: Send + Sync + 'static {
+    /// How the machine is now. It should answer within seconds; what it cannot tell is
+    /// [`HostState::Booting`].
+    async fn probe(&self, machine: &GuestAddress) -> HostState;
+}
+
+/// How a machine is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HostState {
+    /// It is being made or started, or nothing is known.
+    Booting,
+    /// It runs.
+    Up,
+    /// It failed, for this reason: its guest will not come, and is given up at once.
+    Failed(String),
+    /// It is no more: its guest is given up at once.
+    Gone,
+}
+
+/// The control plane's end: one per set of [`Records`]. Clones are the same taskmanager.
+///
+/// It provisions guests in tasks of its own: dropping a future that waits for one stops the waiting,
+/// not the provisioning. What was accepted is on disk, and is resumed by the next taskmanager on the
+/// same records, whatever became of this one.
+#[derive(Clone)]
+pub struct Taskmanager {
+    inner: Arc<Inner>,
+    _handles: Arc<CloseOnDrop>,
+}
+
+struct Inner {
+    broker: Arc<dyn Broker>,
+    records: Arc<dyn Records>,
+    reports: QueueName,
+    probe: Mutex<Option<Arc<dyn HostProbe>>>,
+    drivers: Mutex<HashMap<GuestId, Driven>>,
+    transitions: broadcast::Sender<Arc<Record>>,
+    owner: bool,
+    /// Everything that runs for this taskmanager ends when this is true.
+    closed: watch::Sender<bool>,
+}
+
+/// A provisioning that is under way.
+#[derive(Clone)]
+struct Driven {
+    signals: mpsc::Sender<Signal>,
+    progress: watch::Receiver<Progress>,
+}
+
+/// How far a driver is: its record as saved, and the error that ended it, if one did.
+#[derive(Clone)]
+struct Progress {
+    record: Arc<Record>,
+    stopped: Option<Arc<Error>>,
+    /// The broker has been out of reach for revoking since this moment.
+    stuck: bool,
+}
+
+/// What became of a cancel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cancelled {
+    /// No guest runs it: it was not delivered, and is revoked.
+    Revoked,
+    /// The guest had accepted it before: it goes on to its outcome (case W37).
+    TooLate,
+    /// It had ended before.
+    HadEnded,
+}
+
+impl Taskmanager {
+    /// Becomes the one taskmanager on these records, and goes on with everything that was not finished.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] while another one is running on these records, or under this name on
+    /// this broker (case W16); those of the records. A broker that is out of reach is no error here:
+    /// what needs it waits, within its deadlines.
+    ///
+    /// # Cancel safety
+    /// Dropped early, nothing is owned; what was accepted stays recorded.
+    pub async fn new(broker: Arc<dyn Broker>, records: impl Records) -> Result<Self> {
+        Self::named(crate::workflow::DEFAULT_NAME, broker, records).await
+    }
+
+    /// The same, for a control plane of another name: guests are told it with
+    /// [`Attach::control_plane`](crate::Attach::control_plane). Several on one broker need several names.
+    ///
+    /// # Errors
+    /// As [`Taskmanager::new`].
+    pub async fn named(name: &str, broker: Arc<dyn Broker>, records: impl Records) -> Result<Self> {
+        let reports = QueueName::reports(name)?;
+        records.own().await?;
+        let taskmanager = Self::make(broker, Arc::new(records), reports, true);
+        let inner = &taskmanager.inner;
+        let collector = Collector::attach(inner.clone()).await?;
+        let resumed = inner.records.list().await?;
+        for record in resumed
+            .into_iter()
+            .filter(|record| !record.state.is_terminal())
+        {
+            inner.drive(record);
+        }
+        tokio::spawn(collector.run());
+        let sweeper = inner.clone();
+        tokio::spawn(async move {
+            if let Err(error) = reports::sweep(sweeper).await {
+                tracing::warn!(%error, "queues of guests that were given up may be left");
+            }
+        });
+        Ok(taskmanager)
+    }
+
+    /// A taskmanager that owns nothing and provisions nothing: it reads the records, pings, calls and
+    /// casts, beside one that does.
+    ///
+    /// # Errors
+    /// None yet; it may have some.
+    pub async fn observe(broker: Arc<dyn Broker>, records: impl Records) -> Result<Self> {
+        let reports = QueueName::reports(crate::workflow::DEFAULT_NAME)?;
+        Ok(Self::make(broker, Arc::new(records), reports, false))
+    }
+
+    fn make(
+        broker: Arc<dyn Broker>,
+        records: Arc<dyn Records>,
+        reports: QueueName,
+        owner: bool,
+    ) -> Self {
+        let inner = Inner {
+            broker,
+            records,
+            reports,
+            probe: Mutex::new(None),
+            drivers: Mutex::new(HashMap::new()),
+            transitions: broadcast::Sender::new(16 * 1024),
+            owner,
+            closed: watch::Sender::new(false),
+        };
+        let inner = Arc::new(inner);
+        Self {
+            _handles: Arc::new(CloseOnDrop(inner.clone())),
+            inner,
+        }
+    }
+
+    /// Asks this probe about every machine whose guest is waited for, from now on.
+    pub fn probe_hosts(&self, probe: impl HostProbe) {
+        *lock(&self.inner.probe) = Some(Arc::new(probe));
+    }
+
+    /// Provisions a guest: awaited, it is recorded, carried out, and its one outcome returned.
+    ///
+    /// Idempotent: while it is under way the same call joins it, and once it has ended the same call
+    /// returns the recorded outcome. So a program that was killed just does the same again.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if the guest was given another prepare (see [`Provision::again`]);
+    /// [`ErrorKind::BrokerUnreachable`] if it was given up and the broker cannot be reached to revoke
+    /// it: that goes on, and asking again later returns the outcome; those of the records.
+    ///
+    /// # Cancel safety
+    /// Dropped early, what was recorded goes on: cancel with [`Taskmanager::cancel`].
+    pub fn provision(
+        &self,
+        guest: impl TryInto<GuestId, Error: Into<Error>>,
+        prepare: impl Serialize,
+    ) -> Provision {
+        let payload = wire::raw(&prepare);
+        Provision::new(self.clone(), guest.try_into().map_err(Into::into), payload)
+    }
+
+    /// A guest, to ping, call and cast to.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidName`] from the handle's methods if the id is none.
+    pub fn guest(&self, guest: impl TryInto<GuestId, Error: Into<Error>>) -> GuestHandle {
+        GuestHandle::new(self.clone(), guest.try_into().map_err(Into::into))
+    }
+
+    /// A guest's record of its newest incarnation.
+    ///
+    /// # Errors
+    /// Those of the records.
+    pub async fn record(&self, guest: &GuestId) -> Result<Option<Record>> {
+        self.inner.records.newest(guest).await
+    }
+
+    /// Every guest's record of its newest incarnation, by guest.
+    ///
+    /// # Errors
+    /// Those of the records.
+    pub async fn records(&self) -> Result<Vec<Record>> {
+        self.inner.records.list().await
+    }
+
+    /// Every record as it is saved, from now on. A receiver that falls far behind misses some.
+    #[must_use]
+    pub fn watch(&self) -> broadcast::Receiver<Arc<Record>> {
+        self.inner.transitions.subscribe()
+    }
+
+    /// The broker.
+    #[must_use]
+    pub fn broker(&self) -> &Arc<dyn Broker> {
+        &self.inner.broker
+    }
+
+    /// Gives a guest up, and waits until it is sure that no guest runs its prepare any more, or that
+    /// it is too late for that.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a guest without a record; otherwise as [`Taskmanager::provision`].
+    ///
+    /// # Cancel safety
+    /// Dropped early, the cancel may or may not happen; call again.
+    pub async fn cancel(&self, guest: &GuestId) -> Result<Cancelled> {
+        self.inner.own_or_refuse()?;
+        let Some(driven) = self.inner.driven(guest) else {
+            return match self.record(guest).await? {
+                Some(_) => Ok(Cancelled::HadEnded),
+                None => Err(no_record(guest)),
+            };
+        };
+        let (to, decided) = oneshot::channel();
+        if driven.signals.send(Signal::Cancel(to)).await.is_err() {
+            return Ok(Cancelled::HadEnded);
+        }
+        decided.await.or(Ok(Cancelled::HadEnded))
+    }
+
+    /// Ends a guest for good: cancels what is under way, deletes everything of it on the broker, and
+    /// keeps its record, so that a late machine is turned away.
+    ///
+    /// # Errors
+    /// As [`Taskmanager::cancel`]. [`ErrorKind::Conflict`] if its prepare was accepted and still runs.
+    ///
+    /// # Cancel safety
+    /// Dropped early, it may be half done; call again.
+    pub async fn delete(&self, guest: &GuestId) -> Result<()> {
+        if self.cancel(guest).await? == Cancelled::TooLate {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("{guest} runs its prepare: wait for its outcome, then delete it"),
+            ));
+        }
+        let Some(mut record) = self.record(guest).await? else {
+            return Err(no_record(guest));
+        };
+        self.inner.fence(&record.address).await?;
+        if machine::apply(&mut record, Event::Deleted, now_ms()) {
+            self.inner.save(&mut record).await?;
+        }
+        Ok(())
+    }
+
+    /// Stops everything of this taskmanager. What is under way stays recorded, and is resumed by the
+    /// next one.
+    pub fn close(&self) {
+        self.inner.closed.send_replace(true);
+    }
+}
+
+/// Ends the tasks when the last handle goes; the tasks themselves hold none.
+struct CloseOnDrop(Arc<Inner>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.closed.send_replace(true);
+    }
+}
+
+impl fmt::Debug for Taskmanager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Taskmanager")
+            .field("broker", &self.inner.broker)
+            .field("records", &self.inner.records)
+            .field("reports", &self.inner.reports)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Inner {
+    fn driven(&self, guest: &GuestId) -> Option<Driven> {
+        lock(&self.drivers).get(guest).cloned()
+    }
+
+    /// Starts to drive a record that is saved, unless its guest is driven already.
+    fn drive(self: &Arc<Self>, record: Record) -> Driven {
+        let mut drivers = lock(&self.drivers);
+        if let Some(driven) = drivers.get(&record.address.guest) {
+            return driven.clone();
+        }
+        let guest = record.address.guest.clone();
+        let (signals, inbox) = mpsc::channel(64);
+        let (tell, progress) = watch::channel(Progress {
+            record: Arc::new(record.clone()),
+            stopped: None,
+            stuck: false,
+        });
+        let driven = Driven { signals, progress };
+        drivers.insert(guest.clone(), driven.clone());
+        drop(drivers);
+        let (inner, mut closed) = (self.clone(), self.closed.subscribe());
+        tokio::spawn(async move {
+            let driver = Driver::new(inner.clone(), record, inbox, tell);
+            tokio::select! {
+                () = driver.run() => {}
+                _ = closed.wait_for(|closed| *closed) => {}
+            }
+            lock(&inner.drivers).remove(&guest);
+        });
+        driven
+    }
+
+    /// Saves a record and tells those who watch. The record's revision counts up only if it is saved.
+    async fn save(&self, record: &mut Record) -> Result<()> {
+        record.revision += 1;
+        if let Err(error) = self.records.save(record).await {
+            record.revision -= 1;
+            return Err(error);
+        }
+        // Nobody has to watch.
+        let _ = self.transitions.send(Arc::new(record.clone()));
+        Ok(())
+    }
+
+    /// Takes a machine's queue away, with all that is in it, and tells a guest that is still there.
+    /// Returns the ids of what nobody had acked.
+    async fn fence(&self, address: &GuestAddress) -> Result<Vec<crate::MessageId>> {
+        let queue = address.queue();
+        let deadline = Deadline::after(OPERATION);
+        let ids = match self
+            .broker
+            .delete(&queue, DeleteMode::Discard, deadline)
+            .await
+        {
+            Ok(discarded) => discarded.ids,
+            Err(error) if *error.kind() == ErrorKind::NoQueue => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        self.dismiss(address.clone());
+        Ok(ids)
+    }
+
+    /// Tells a machine that it was given up, if its agent is there. That is a courtesy: without its
+    /// queue it runs nothing anyway.
+    fn dismiss(&self, address: GuestAddress) {
+        let asker = self.asker(&address);
+        tokio::spawn(async move {
+            match asker.dismiss(Duration::from_secs(2)).await {
+                Ok(()) => tracing::info!(guest = %address, "fenced"),
+                Err(error) if *error.kind() == ErrorKind::NoConsumer => {}
+                Err(error) => {
+                    tracing::debug!(guest = %address, %error, "not told that it was given up")
+                }
+            }
+        });
+    }
+
+    fn asker(&self, address: &GuestAddress) -> Asker {
+        Asker {
+            broker: self.broker.clone(),
+            address: address.clone(),
+        }
+    }
+
+    fn own_or_refuse(&self) -> Result<()> {
+        if self.owner {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Conflict,
+            "this taskmanager only observes: it does not own the records",
+        ))
+    }
+}
+
+fn no_record(guest: &GuestId) -> Error {
+    Error::new(
+        ErrorKind::InvalidInput,
+        format!("there is no record of a guest {guest}"),
+    )
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether a record's machine may still serve: it was prepared, and not given up or deleted.
+fn may_serve(record: &Record) -> bool {
+    !matches!(record.state, State::NotDelivered | State::Deleted)
+}

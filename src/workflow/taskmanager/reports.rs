@@ -1,0 +1,186 @@
+//! Collects the guests' reports, and hands each to whoever drives its guest.
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use crate::{
+    broker::{ConsumeOptions, Consumer, Delivery, QueueSpec},
+    deadline::Deadline,
+    error::{Error, ErrorKind, Result},
+    names::GuestAddress,
+    wire::{Report, ReportEvent},
+    workflow::{
+        backoff::Backoff,
+        record::Record,
+        taskmanager::{Inner, OPERATION, driver::Signal, may_serve},
+    },
+};
+
+/// The consumer of the queue of reports.
+pub(super) struct Collector {
+    inner: Arc<Inner>,
+    consumer: Option<Box<dyn Consumer>>,
+}
+
+impl Collector {
+    /// Attaches, if the broker can be reached.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] while another taskmanager of this name is attached.
+    pub(super) async fn attach(inner: Arc<Inner>) -> Result<Self> {
+        let mut collector = Self {
+            inner,
+            consumer: None,
+        };
+        match collector.open().await {
+            Err(error) if *error.kind() == ErrorKind::Conflict => Err(Error::new(
+                ErrorKind::Conflict,
+                "another taskmanager of this name is running on this broker: wait until it ends, or \
+                 give this one another name",
+            )
+            .with_source(error)),
+            Err(error) => {
+                tracing::warn!(%error, "reports cannot be collected yet");
+                Ok(collector)
+            }
+            Ok(()) => Ok(collector),
+        }
+    }
+
+    /// Makes the queue of reports if it is not there (case W22), and consumes from it.
+    async fn open(&mut self) -> Result<()> {
+        let (broker, queue) = (&self.inner.broker, &self.inner.reports);
+        let deadline = Deadline::after(OPERATION);
+        broker
+            .declare(&QueueSpec::new(queue.clone()), deadline)
+            .await?;
+        let prefetch = const { std::num::NonZeroU32::new(256).expect("not zero") };
+        let options = ConsumeOptions::prefetch(prefetch);
+        self.consumer = Some(broker.consume(queue, options, deadline).await?);
+        Ok(())
+    }
+
+    /// Collects until the taskmanager is closed.
+    pub(super) async fn run(mut self) {
+        let mut closed = self.inner.closed.subscribe();
+        let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+        loop {
+            let received = tokio::select! {
+                biased;
+                _ = closed.wait_for(|closed| *closed) => break,
+                received = self.receive() => received,
+            };
+            match received {
+                Ok(delivery) => {
+                    backoff.reset();
+                    self.inner.hand_over(delivery).await;
+                }
+                Err(error) if *error.kind() == ErrorKind::Closed => break,
+                Err(error) => {
+                    tracing::warn!(%error, "reports cannot be collected for now");
+                    self.consumer = None;
+                    backoff.pause().await;
+                }
+            }
+        }
+        if let Some(consumer) = self.consumer.take() {
+            // What is unsettled goes back either way.
+            let _ = consumer.close(Deadline::after(OPERATION)).await;
+        }
+    }
+
+    async fn receive(&mut self) -> Result<Delivery> {
+        if self.consumer.is_none() {
+            self.open().await?;
+        }
+        match &mut self.consumer {
+            Some(consumer) => consumer.next().await,
+            None => Err(Error::new(ErrorKind::Internal, "the consumer vanished")),
+        }
+    }
+}
+
+impl Inner {
+    async fn hand_over(&self, delivery: Delivery) {
+        let report = match Report::from_message(&delivery.message) {
+            Ok(report) => report,
+            Err(error) => {
+                tracing::warn!(message = %delivery.message.id, %error, "a report that cannot be read");
+                let settled = delivery
+                    .dead_letter(error.to_string(), Deadline::after(OPERATION))
+                    .await;
+                log_unsettled(settled);
+                return;
+            }
+        };
+        if let Some(driven) = self.driven(&report.guest)
+            && driven.progress.borrow().record.address == report.address()
+        {
+            // The driver acks it, once what it says is on disk.
+            match driven.signals.send(Signal::Report(report, delivery)).await {
+                Ok(()) => return,
+                Err(unsent) => {
+                    let Signal::Report(report, delivery) = unsent.0 else {
+                        return;
+                    };
+                    return self.without_driver(report, delivery).await;
+                }
+            }
+        }
+        self.without_driver(report, delivery).await;
+    }
+
+    /// A report of a guest whose provisioning is not under way: it ended, or never was.
+    async fn without_driver(&self, report: Report, delivery: Delivery) {
+        let address = report.address();
+        match self.records.newest(&address.guest).await {
+            Ok(Some(record)) => self.late(&record, &address, &report.event),
+            Ok(None) => tracing::debug!(guest = %address, "a report of a guest without a record"),
+            Err(error) => {
+                tracing::warn!(%error, "the records cannot be read; the report comes again");
+                let settled = delivery
+                    .retry(Duration::from_secs(1), Deadline::after(OPERATION))
+                    .await;
+                return log_unsettled(settled);
+            }
+        }
+        log_unsettled(delivery.ack(Deadline::after(OPERATION)).await);
+    }
+
+    /// Cases W3, W25: whoever was given up is told so, and its report changes nothing.
+    fn late(&self, record: &Record, address: &GuestAddress, event: &ReportEvent) {
+        let is_current = record.address == *address;
+        if address.incarnation < record.address.incarnation || (is_current && !may_serve(record)) {
+            tracing::warn!(guest = %address, "a machine that was given up is up; it is told");
+            self.dismiss(address.clone());
+        } else if is_current && !matches!(event, ReportEvent::Hello) {
+            tracing::debug!(guest = %address, state = %record.state, "a report after the outcome");
+        }
+    }
+}
+
+fn log_unsettled(settled: Result<()>) {
+    if let Err(error) = settled {
+        tracing::debug!(%error, "a report was not settled; it comes again");
+    }
+}
+
+/// Deletes queues that are left of guests that were given up while the broker was out of reach.
+pub(super) async fn sweep(inner: Arc<Inner>) -> Result<()> {
+    let given_up: HashSet<_> = inner
+        .records
+        .list()
+        .await?
+        .into_iter()
+        .filter(|record| record.state.is_terminal() && !may_serve(record))
+        .map(|record| record.address.queue())
+        .collect();
+    let deadline = Deadline::after(OPERATION);
+    for status in inner.broker.list(deadline).await? {
+        if given_up.contains(&status.name)
+            && let Some(address) = status.name.address()
+        {
+            inner.fence(&address).await?;
+        }
+    }
+    Ok(())
+}
