@@ -3,7 +3,7 @@
 use std::{process::ExitCode, time::Duration, time::Instant};
 
 use serde_json::{json, value::RawValue};
-use wilco::{GuestAddress, Taskmanager};
+use wilco::{GuestAddress, GuestHandle, Incarnation};
 
 use super::{
     args::{Address, Call, Cast, Global, Ping},
@@ -12,8 +12,7 @@ use super::{
 };
 
 pub(super) async fn ping(global: &Global, args: Ping, output: Output) -> Outcome {
-    let (taskmanager, address) = reach(global, &args.guest).await?;
-    let guest = taskmanager.guest(address.clone());
+    let (guest, address) = reach(global, &args.guest).await?;
     let mut times = Vec::new();
     for _ in 0..args.count.get() {
         let start = Instant::now();
@@ -65,10 +64,9 @@ fn micros(time: Duration) -> f64 {
 
 pub(super) async fn call(global: &Global, args: Call, output: Output) -> Outcome {
     let payload = payload(&args.payload)?;
-    let (taskmanager, address) = reach(global, &args.guest).await?;
-    let guest = taskmanager.guest(address.clone());
-    let call = guest.call::<Box<RawValue>>(args.kind.as_str(), &payload);
-    let answer = call.timeout(args.timeout).await?;
+    let (guest, address) = reach(global, &args.guest).await?;
+    let guest = guest.within(args.timeout);
+    let answer: Box<RawValue> = guest.call(args.kind.as_str(), &payload).await?;
     output.json(&json!({ "guest": address.guest, "kind": args.kind, "answer": answer }));
     output.say(answer);
     Ok(ExitCode::SUCCESS)
@@ -76,8 +74,7 @@ pub(super) async fn call(global: &Global, args: Call, output: Output) -> Outcome
 
 pub(super) async fn cast(global: &Global, args: Cast, output: Output) -> Outcome {
     let payload = payload(&args.payload)?;
-    let (taskmanager, address) = reach(global, &args.guest).await?;
-    let guest = taskmanager.guest(address.clone());
+    let (guest, address) = reach(global, &args.guest).await?;
     let command = guest.cast(args.kind.as_str(), &payload).await?;
     output.json(&json!({ "guest": address.guest, "kind": args.kind, "command": command }));
     output.say(command);
@@ -92,17 +89,23 @@ fn payload(text: &str) -> Outcome<Box<RawValue>> {
     })
 }
 
-/// A taskmanager that asks, and the machine that is meant.
-async fn reach(global: &Global, guest: &Address) -> Outcome<(Taskmanager, GuestAddress)> {
+/// The guest, and which machine of it is meant: the one asked for, the one in the records, or the first.
+pub(super) async fn reach(
+    global: &Global,
+    guest: &Address,
+) -> Outcome<(GuestHandle, GuestAddress)> {
     let taskmanager = global.observe().await?;
-    let address = match guest.incarnation {
-        Some(incarnation) => GuestAddress::new(guest.id.clone(), incarnation),
-        None => {
-            let record = taskmanager.record(&guest.id).await?;
-            record.map_or_else(|| guest.id.clone().into(), |record| record.address)
-        }
+    let handle = taskmanager.guest(guest.id.as_str());
+    let recorded = match guest.incarnation {
+        Some(_) => None,
+        None => taskmanager.record(&guest.id).await?,
     };
-    Ok((taskmanager, address))
+    if let Some(record) = recorded {
+        return Ok((handle, record.address));
+    }
+    let incarnation = guest.incarnation.unwrap_or(Incarnation::FIRST);
+    let address = GuestAddress::new(guest.id.clone(), incarnation);
+    Ok((handle.incarnation(incarnation), address))
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use wilco::{
 
 use super::{
     args::{Bench, Global},
+    ask::percentile,
     output::{self, Output},
     problem::{Exit, Outcome, Problem},
 };
@@ -143,5 +144,3 @@ async fn ping(broker: &Arc<dyn Broker>, address: &GuestAddress, output: Output) 
     ));
     Ok(())
 }
-
-fn percentile(_: &[Duration], _: usize) -> Duration { Duration::ZERO }

@@ -17,7 +17,7 @@ use super::{
 };
 
 /// How long the guest may take to answer while somebody looks at the screen.
-const GLANCE: Duration = Duration::from_secs(1);
+pub(super) const GLANCE: Duration = Duration::from_secs(1);
 
 pub(super) async fn run(global: &Global, args: Explain, output: Output) -> Outcome {
     let broker = global.connect_shared().await?;
@@ -98,7 +98,8 @@ async fn queue(broker: &dyn Broker, record: &Record) -> String {
 }
 
 async fn ping(taskmanager: &Taskmanager, record: &Record) -> (bool, String) {
-    let guest = taskmanager.guest(record.address.clone());
+    let guest = taskmanager.guest(record.address.guest.as_str());
+    let guest = guest.incarnation(record.address.incarnation);
     match guest.ping(GLANCE).await {
         Ok(pong) => (true, format!("answers: {}", pong.phase)),
         Err(error) => (*error.kind() == ErrorKind::ConsumerSilent, error.to_string()),

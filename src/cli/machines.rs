@@ -123,10 +123,13 @@ impl Machines {
     }
 }
 
+/// What the workflow asks about the machines.
+pub(super) struct Probe(pub(super) Arc<Machines>);
+
 #[async_trait]
-impl HostProbe for Machines {
+impl HostProbe for Probe {
     async fn probe(&self, guest: &GuestAddress) -> HostState {
-        match self.lock().get(guest) {
+        match self.0.lock().get(guest) {
             // Started by an earlier run, or by nobody: nothing is known.
             None | Some(Machine::Running(_)) => HostState::Booting,
             // Another machine of this guest runs already, started by a run that was killed.

@@ -1,14 +1,22 @@
 //! The command, room by room: what can be typed, what each subcommand does, how it is shown.
 
 mod args;
+mod ask;
 mod bench;
 mod doctor;
+mod explain;
 mod fleet;
+mod guest;
+mod machines;
 mod output;
 mod place;
 mod problem;
 mod program;
+mod progress;
+mod provision;
 mod queues;
+mod status;
+mod summary;
 
 use std::process::ExitCode;
 
@@ -40,17 +48,24 @@ fn run(cli: Cli, output: Output) -> Outcome {
         .map_err(|error| Problem::new(Exit::File, format!("cannot start threads: {error}")))?;
     let result = runtime.block_on(async {
         match command {
+            Command::Provision(args) => provision::run(&global, args, output).await,
+            Command::Guest(args) => guest::run(&global, args, output).await,
+            Command::Ping(args) => ask::ping(&global, args, output).await,
+            Command::Call(args) => ask::call(&global, args, output).await,
+            Command::Cast(args) => ask::cast(&global, args, output).await,
+            Command::Status(args) => status::run(&global, args, output).await,
+            Command::Explain(args) => explain::run(&global, args, output).await,
             Command::Queues(_) => queues::list(&global, output).await,
             Command::Dead(args) => queues::dead(&global, args.action, output).await,
+            Command::Cancel(args) => status::cancel(&global, args, output).await,
+            Command::Delete(args) => status::delete(&global, args, output).await,
             Command::Doctor(args) => doctor::run(&global, args, output).await,
             Command::Bench(args) => bench::run(&global, args, output).await,
-            _ if false => unreachable!(),
             Command::Completions(args) => {
                 let mut command = Cli::command();
                 clap_complete::generate(args.shell, &mut command, "wilco", &mut std::io::stdout());
                 Ok(ExitCode::SUCCESS)
             }
-            _ => Ok(ExitCode::SUCCESS)
         }
     });
     // A blocked read of stdin or a stuck file must not keep a finished command alive.

@@ -4,7 +4,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
 use wilco::{
-    Broker, Deadline, GuestAddress, GuestId, Incarnation, 
+    Broker, Deadline, GuestAddress, GuestId, Incarnation, MemoryRecords, SqliteRecords, Taskmanager,
 };
 
 use super::{
@@ -68,6 +68,45 @@ impl Global {
         broker.with_file_name(name)
     }
 
+    /// The records.
+    pub(super) async fn open_records(&self) -> Outcome<SqliteRecords> {
+        let path = self.records_path();
+        SqliteRecords::open(&path).await.map_err(|error| {
+            Problem::from(error).during(format_args!("cannot open the records {}", path.display()))
+        })
+    }
+
+    /// The records, unless there are none yet: looking must not make a file.
+    pub(super) async fn existing_records(&self) -> Outcome<Option<SqliteRecords>> {
+        if self.records_path().exists() {
+            self.open_records().await.map(Some)
+        } else {
+            Ok(None)
+        }
+    }
+
+    /// The records, which have to be there.
+    pub(super) async fn needed_records(&self) -> Outcome<SqliteRecords> {
+        self.existing_records().await?.ok_or_else(|| {
+            Problem::new(
+                Exit::Missing,
+                format!(
+                    "there are no records at {}; say where they are with --records, or provision first",
+                    self.records_path().display()
+                ),
+            )
+        })
+    }
+
+    /// A taskmanager that only looks and asks, whoever owns the records.
+    pub(super) async fn observe(&self) -> Outcome<Taskmanager> {
+        let broker = self.connect_shared().await?;
+        Ok(match self.existing_records().await? {
+            Some(records) => Taskmanager::observe(broker, records).await?,
+            None => Taskmanager::observe(broker, MemoryRecords::default()).await?,
+        })
+    }
+
     /// The machine that is meant: the one asked for, the one in the records, or the first.
     pub(super) async fn address(
         &self,
@@ -77,6 +116,7 @@ impl Global {
         if let Some(incarnation) = incarnation {
             return Ok(GuestAddress::new(guest.clone(), incarnation));
         }
-        Ok(guest.clone().into())
+        let record = self.observe().await?.record(guest).await?;
+        Ok(record.map_or_else(|| guest.clone().into(), |record| record.address))
     }
 }

@@ -5,13 +5,13 @@ use std::{process::ExitCode, sync::Arc, time::Duration, time::Instant};
 use serde_json::json;
 use tokio::{sync::Semaphore, sync::broadcast::error::RecvError, task::JoinSet};
 use wilco::{
-    Deadline, ErrorKind, GuestAddress, Incarnation, SendPolicy, State, Taskmanager,
+    ErrorKind, GuestAddress, Incarnation, SendPolicy, State, Taskmanager,
 };
 
 use super::{
     args::{Global, Provision},
     fleet::{self, Line, Malformed, Policy},
-    machines::Machines,
+    machines::{Machines, Probe},
     output::{self, Output},
     place::{interrupted, patience},
     problem::{Exit, Outcome, Problem},
@@ -41,6 +41,9 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
     let machines = program
         .map(|program| Machines::new(program, &global.broker))
         .transpose()?;
+    if let Some(machines) = &machines {
+        taskmanager.probe_hosts(Probe(Arc::clone(machines)));
+    }
     let run = Arc::new(Run {
         taskmanager,
         machines,
@@ -64,7 +67,8 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
     }
     let left = broker.list(patience()).await?;
     summary::show(&rows, &left, start.elapsed(), output);
-    run.taskmanager.close(patience()).await?;
+    run.taskmanager.close();
+    broker.close(patience()).await?;
     Ok(exit_code(&rows, malformed))
 }
 
@@ -188,7 +192,7 @@ impl Run {
         }
         let mut provisioning = self
             .taskmanager
-            .provision(id.clone(), &line.prepare)
+            .provision(id.as_str(), &line.prepare)
             .again(again)
             .policy(match line.policy {
                 Policy::PingFirst => SendPolicy::PingFirst,
@@ -205,9 +209,6 @@ impl Run {
         }
         if let Some(span) = line.deadlines.total {
             provisioning = provisioning.total_deadline(span);
-        }
-        if let Some(machines) = &self.machines {
-            provisioning = provisioning.host_probe(Arc::clone(machines));
         }
         let outcome = provisioning.await.map_err(|error| {
             let conflict = *error.kind() == ErrorKind::Conflict && row.recorded;
@@ -228,7 +229,8 @@ impl Run {
 
     /// Whether this machine is up already, started by an earlier run.
     async fn answers(&self, address: &GuestAddress) -> bool {
-        let guest = self.taskmanager.guest(address.clone());
+        let guest = self.taskmanager.guest(address.guest.as_str());
+        let guest = guest.incarnation(address.incarnation);
         guest.ping(GLANCE).await.is_ok()
     }
 
@@ -238,8 +240,7 @@ impl Run {
             output::note("stopping; powering off the machines that were started here");
             machines.power_off().await;
         }
-        // What could not be finished in time is recorded as it is.
-        let _ = self.taskmanager.close(Deadline::after(Duration::from_secs(5))).await;
+        self.taskmanager.close();
         Problem::new(
             Exit::Interrupted,
             format!(

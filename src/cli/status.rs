@@ -3,20 +3,21 @@
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
-use wilco::{GuestAddress, GuestId, MessageId, Record, Taskmanager};
+use wilco::{Cancelled, GuestId, MessageId, Record, Taskmanager};
 
 use super::{
-    args::{Cancel, Delete, Global, Status},
-    explain::ago,
+    args::{Address, Cancel, Delete, Global, Status},
+    ask::reach,
+    explain::{GLANCE, ago},
     output::{self, Output},
     problem::{Exit, Outcome, Problem},
     summary::{runs, span},
 };
 
 pub(super) async fn run(global: &Global, args: Status, output: Output) -> Outcome {
-    if let (Some(id), Some(command)) = (&args.id, &args.command) {
-        let address = global.address(id, args.incarnation).await?;
-        return of_command(global, address, command, output).await;
+    if let (Some(id), Some(command)) = (args.id.clone(), &args.command) {
+        let incarnation = args.incarnation;
+        return of_command(global, &Address { id, incarnation }, command, output).await;
     }
     let taskmanager = global.observe().await?;
     let records = match &args.id {
@@ -62,12 +63,12 @@ pub(super) fn view(record: &Record) -> Value {
 
 async fn of_command(
     global: &Global,
-    address: GuestAddress,
+    guest: &Address,
     command: &MessageId,
     output: Output,
 ) -> Outcome {
-    let taskmanager = global.observe().await?;
-    let state = taskmanager.guest(address.clone()).command_status(command).await?;
+    let (guest, address) = reach(global, guest).await?;
+    let state = guest.command_status(command, GLANCE).await?;
     output.json(&json!({ "guest": address.guest, "command": command, "state": state }));
     output.say(format_args!("{address}: {command} is {}", state.name()));
     Ok(ExitCode::SUCCESS)
@@ -93,9 +94,17 @@ pub(super) async fn needed(
 pub(super) async fn cancel(global: &Global, args: Cancel, output: Output) -> Outcome {
     let taskmanager = owner(global).await?;
     needed(&taskmanager, &args.id, global).await?;
-    let outcome = taskmanager.cancel(&args.id).await?;
-    output.json(&json!({ "guest": args.id, "outcome": outcome }));
-    output.say(format_args!("{}: {outcome}", args.id));
+    let cancelled = taskmanager.cancel(&args.id).await?;
+    let (word, text) = match cancelled {
+        Cancelled::Revoked => ("revoked", "given up; no machine runs its prepare"),
+        Cancelled::TooLate => ("too_late", "too late: it had accepted prepare, and goes on"),
+        Cancelled::HadEnded => ("had_ended", "it had ended before"),
+    };
+    output.json(&json!({ "guest": args.id, "cancelled": word }));
+    output.say(format_args!("{}: {text}", args.id));
+    if cancelled == Cancelled::TooLate {
+        return Ok(Exit::Conflict.code());
+    }
     Ok(ExitCode::SUCCESS)
 }
 
