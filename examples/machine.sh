@@ -50,6 +50,7 @@ start_guest() {
 watchdog=$!
 
 mkdir -p "$dir"
+echo "$$" >"$dir/machine.pid"
 pause "${BOOT_DELAY:-0}"
 while [ "${BOOT:-}" = never ]; do pause 3600; done
 

@@ -1,5 +1,6 @@
 //! What people read before they do anything.
 #![cfg(feature = "cli")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 mod common;
 
@@ -26,7 +27,10 @@ const COMMANDS: [&str; 14] = [
 fn help_lists_the_commands_and_the_exit_codes() {
     let help = Place::new().run(["--help"]);
     help.expect(0, &[]);
-    for word in COMMANDS.iter().chain(&["Exit codes:", "130  stopped", "WILCO_BROKER", "--json"]) {
+    for word in COMMANDS
+        .iter()
+        .chain(&["Exit codes:", "130  stopped", "WILCO_BROKER", "--json"])
+    {
         assert!(help.stdout.contains(word), "{word}: {}", help.stdout);
     }
 }
@@ -53,7 +57,10 @@ fn the_readme_has_every_command_and_every_exit_code() {
     }
     let help = Place::new().run(["--help"]).stdout;
     let (_, codes) = help.split_once("Exit codes:\n").unwrap();
-    for code in codes.lines().filter_map(|line| line.split_whitespace().next()) {
+    for code in codes
+        .lines()
+        .filter_map(|line| line.split_whitespace().next())
+    {
         assert!(readme.contains(&format!("| {code} |")), "{code}");
     }
 }
@@ -66,7 +73,9 @@ fn completions_are_written_for_each_shell() {
         script.expect(0, &[]);
         assert!(script.stdout.contains("redrive"), "{shell}");
     }
-    place.run(["completions", "tcsh"]).expect(2, &["bash", "fish"]);
+    place
+        .run(["completions", "tcsh"])
+        .expect(2, &["bash", "fish"]);
 }
 
 #[test]

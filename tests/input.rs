@@ -1,5 +1,6 @@
 //! Bad input: one clear message that says what to do, its exit code, nothing harmed.
 #![cfg(feature = "cli")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 mod common;
 
@@ -37,9 +38,15 @@ fn malformed_lines_are_placed_and_harm_no_other() {
         ],
     );
     let events = run.json();
-    let outcomes: Vec<_> = events.iter().filter(|event| event["event"] == "outcome").collect();
+    let outcomes: Vec<_> = events
+        .iter()
+        .filter(|event| event["event"] == "outcome")
+        .collect();
     assert_eq!(outcomes.len(), 2, "{events:?}");
-    assert!(outcomes.iter().all(|event| event["outcome"] == "succeeded"), "{outcomes:?}");
+    assert!(
+        outcomes.iter().all(|event| event["outcome"] == "succeeded"),
+        "{outcomes:?}"
+    );
     let malformed = events.iter().filter(|event| event["event"] == "malformed");
     assert_eq!(malformed.count(), 4);
 }
@@ -47,12 +54,18 @@ fn malformed_lines_are_placed_and_harm_no_other() {
 #[test]
 fn a_fleet_file_that_cannot_be_read_is_said() {
     let place = Place::new();
-    place.run(["provision", "nothing.jsonl"]).expect(10, &["nothing.jsonl", "No such file"]);
+    place
+        .run(["provision", "nothing.jsonl"])
+        .expect(10, &["nothing.jsonl", "No such file"]);
     // Root reads what it likes, but a directory is no file for root either.
     fs::create_dir(place.path().join("dir.jsonl")).unwrap();
-    place.run(["provision", "dir.jsonl"]).expect(10, &["dir.jsonl", "directory"]);
+    place
+        .run(["provision", "dir.jsonl"])
+        .expect(10, &["dir.jsonl", "directory"]);
     place.file("empty.jsonl", "\n\n");
-    place.run(["provision", "empty.jsonl"]).expect(2, &["no guest"]);
+    place
+        .run(["provision", "empty.jsonl"])
+        .expect(2, &["no guest"]);
     assert!(!place.path().join("wilco.db").exists());
 }
 
@@ -75,10 +88,18 @@ fn programs_that_cannot_run_are_said_before_anything_is_attached() {
     let place = Place::new();
     place.file("text", "not a program");
     place.file("fleet.jsonl", "{\"id\":\"a\",\"prepare\":1}");
-    place.run(["guest", "a", "--exec", "./nothing"]).expect(2, &["no program ./nothing"]);
-    place.run(["guest", "a", "--exec", "./text"]).expect(2, &["chmod +x"]);
-    place.run(["guest", "a", "--exec", "text"]).expect(2, &["did you mean ./text?"]);
-    place.run(["guest", "a", "--exec", "cat", "--on", "list"]).expect(2, &["KIND=PROGRAM"]);
+    place
+        .run(["guest", "a", "--exec", "./nothing"])
+        .expect(2, &["no program ./nothing"]);
+    place
+        .run(["guest", "a", "--exec", "./text"])
+        .expect(2, &["chmod +x"]);
+    place
+        .run(["guest", "a", "--exec", "text"])
+        .expect(2, &["did you mean ./text?"]);
+    place
+        .run(["guest", "a", "--exec", "cat", "--on", "list"])
+        .expect(2, &["KIND=PROGRAM"]);
     let spawn = place.run(["provision", "fleet.jsonl", "--spawn", "./nothing"]);
     spawn.expect(2, &["no program ./nothing"]);
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 2);
@@ -90,11 +111,15 @@ fn a_database_of_another_program_is_left_as_it_is() {
     let foreign = place.path().join("foreign.db");
     let database = rusqlite::Connection::open(&foreign).unwrap();
     database
-        .execute_batch("PRAGMA application_id = 7; CREATE TABLE theirs (x); INSERT INTO theirs VALUES (1);")
+        .execute_batch(
+            "PRAGMA application_id = 7; CREATE TABLE theirs (x); INSERT INTO theirs VALUES (1);",
+        )
         .unwrap();
     database.close().unwrap();
     let before = fs::read(&foreign).unwrap();
-    place.run(["queues", "--broker", "sqlite:foreign.db"]).expect(10, &["foreign.db"]);
+    place
+        .run(["queues", "--broker", "sqlite:foreign.db"])
+        .expect(10, &["foreign.db"]);
     place.file("fleet.jsonl", "{\"id\":\"a\",\"prepare\":1}");
     let records = place.run(["provision", "fleet.jsonl", "--records", "foreign.db"]);
     records.expect(10, &["foreign.db"]);
@@ -102,8 +127,13 @@ fn a_database_of_another_program_is_left_as_it_is() {
     journal.expect(10, &["foreign.db"]);
     assert_eq!(fs::read(&foreign).unwrap(), before);
 
-    place.file("text.db", "this is not a database, it is a text of some length");
-    place.run(["queues", "--broker", "sqlite:text.db"]).expect(10, &["text.db"]);
+    place.file(
+        "text.db",
+        "this is not a database, it is a text of some length",
+    );
+    place
+        .run(["queues", "--broker", "sqlite:text.db"])
+        .expect(10, &["text.db"]);
 }
 
 #[test]
@@ -121,11 +151,19 @@ fn what_is_not_there_has_its_own_code() {
     place.run(["doctor"]).expect(0, &[]);
     place.run(["ping", "nobody"]).expect(5, &["nobody"]);
     place.run(["explain", "nobody"]).expect(7, &["no records"]);
-    place.run(["dead", "list", "nobody"]).expect(7, &["wilco.q.nobody.1"]);
-    place.run(["call", "nobody", "list", "{"]).expect(2, &["not JSON"]);
-    place.run(["doctor", "memory:", "--require", "process"]).expect(9, &["memory"]);
+    place
+        .run(["dead", "list", "nobody"])
+        .expect(7, &["wilco.q.nobody.1"]);
+    place
+        .run(["call", "nobody", "list", "{"])
+        .expect(2, &["not JSON"]);
+    place
+        .run(["doctor", "memory:", "--require", "process"])
+        .expect(9, &["memory"]);
     place.run(["doctor", "--require", "power"]).expect(0, &[]);
-    place.run(["ping", "nobody", "--timeout", "soon"]).expect(2, &["500ms, 90s or 10m"]);
+    place
+        .run(["ping", "nobody", "--timeout", "soon"])
+        .expect(2, &["500ms, 90s or 10m"]);
     let json = place.run(["ping", "nobody", "--json"]);
     let error: serde_json::Value = serde_json::from_str(&json.stderr).unwrap();
     assert_eq!(error["exit"], 5);
@@ -144,10 +182,20 @@ fn a_full_disk_is_said_and_harms_nothing_that_is_stored() {
         rm filler
         "$WILCO" provision ../fleet.jsonl --spawn ../machine --records ../r.db --again; echo "free: $?"
     "#;
-    let Some(place) = in_a_namespace("a full disk", script) else { return };
+    let Some(place) = in_a_namespace("a full disk", script) else {
+        return;
+    };
     let output = place.read("out");
-    assert!(output.contains("free: 0"), "{output}\n{}", place.read("err"));
-    assert!(!output.contains("full: 0"), "{output}\n{}", place.read("err"));
+    assert!(
+        output.contains("free: 0"),
+        "{output}\n{}",
+        place.read("err")
+    );
+    assert!(
+        !output.contains("full: 0"),
+        "{output}\n{}",
+        place.read("err")
+    );
     let error = place.read("err");
     assert!(error.contains("full"), "{error}");
     assert!(!error.contains("panicked"), "{error}");
@@ -164,10 +212,18 @@ fn a_read_only_directory_is_said() {
         "$WILCO" queues --broker sqlite:disk/new.db; echo "new: $?"
         "$WILCO" queues --broker sqlite:disk/old.db; echo "old: $?"
     "#;
-    let Some(place) = in_a_namespace("a read-only directory", script) else { return };
+    let Some(place) = in_a_namespace("a read-only directory", script) else {
+        return;
+    };
     let (output, error) = (place.read("out"), place.read("err"));
-    assert!(output.contains("new: 10") && output.contains("old: 10"), "{output}\n{error}");
-    assert!(error.contains("new.db") && error.contains("old.db"), "{error}");
+    assert!(
+        output.contains("new: 10") && output.contains("old: 10"),
+        "{output}\n{error}"
+    );
+    assert!(
+        error.contains("new.db") && error.contains("old.db"),
+        "{error}"
+    );
 }
 
 /// Runs a script as root of a mount namespace of its own, so that its mounts end with it.
@@ -179,7 +235,10 @@ fn in_a_namespace(what: &str, script: &str) -> Option<Place> {
     let script = place.script("script", script);
     let unshare = |program: &Path| {
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--map-root-user"]).arg(program).current_dir(place.path());
+        command
+            .args(["--mount", "--map-root-user"])
+            .arg(program)
+            .current_dir(place.path());
         command.env("WILCO", env!("CARGO_BIN_EXE_wilco"));
         command
     };

@@ -26,9 +26,13 @@ pub(super) async fn run(global: &Global, args: Bench, output: Output) -> Outcome
     let broker = global.connect().await?;
     let id = GuestId::new(format!("wilco-bench-{}", MessageId::generate()))?;
     let address = GuestAddress::from(id);
-    broker.declare(&QueueSpec::new(address.queue()), deadline()).await?;
+    broker
+        .declare(&QueueSpec::new(address.queue()), deadline())
+        .await?;
     let measured = measure(&broker, &address, &args, output).await;
-    broker.delete(&address.queue(), DeleteMode::Discard, deadline()).await?;
+    broker
+        .delete(&address.queue(), DeleteMode::Discard, deadline())
+        .await?;
     broker.close(deadline()).await?;
     measured?;
     Ok(ExitCode::SUCCESS)
@@ -48,7 +52,11 @@ async fn measure(
     ));
     let many = args.messages.get() as usize;
     for in_flight in [1, 64, 1_024] {
-        let count = if in_flight == 1 { many.min(2_000) } else { many };
+        let count = if in_flight == 1 {
+            many.min(2_000)
+        } else {
+            many
+        };
         let took = publish(broker, &queue, count, in_flight, args.bytes).await?;
         let name = format!("durable publish, {in_flight} in flight");
         rate(output, &name, count, took);

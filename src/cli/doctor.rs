@@ -57,17 +57,31 @@ pub(super) async fn run(global: &Global, args: Doctor, output: Output) -> Outcom
         report.level
     ));
     let mut table = output::table(&["when this happens", "confirmed messages are"]);
-    table.add_row(vec!["the broker's process is killed".into(), report.process_crash.to_string()]);
-    table.add_row(vec!["the power is cut".into(), report.power_loss.to_string()]);
-    table.add_row(vec!["the broker's machine is lost".into(), report.node_loss.to_string()]);
+    table.add_row(vec![
+        "the broker's process is killed".into(),
+        report.process_crash.to_string(),
+    ]);
+    table.add_row(vec![
+        "the power is cut".into(),
+        report.power_loss.to_string(),
+    ]);
+    table.add_row(vec![
+        "the broker's machine is lost".into(),
+        report.node_loss.to_string(),
+    ]);
     output.say(table);
     let mut table = output::table(&["setting", "value", "meaning"]);
     for finding in &report.findings {
         let advice = finding.advice.iter().map(|advice| format!("\n→ {advice}"));
         table.add_row(vec![
             finding.setting.clone(),
-            finding.value.clone().unwrap_or_else(|| "not readable".into()),
-            std::iter::once(finding.meaning.clone()).chain(advice).collect(),
+            finding
+                .value
+                .clone()
+                .unwrap_or_else(|| "not readable".into()),
+            std::iter::once(finding.meaning.clone())
+                .chain(advice)
+                .collect(),
         ]);
     }
     if !report.findings.is_empty() {

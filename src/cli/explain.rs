@@ -38,16 +38,31 @@ pub(super) async fn run(global: &Global, args: Explain, output: Output) -> Outco
         "advice": advice,
     }));
     let since = output::took(ago(record.since_ms));
-    output.say(format_args!("{}: {}, for {since}\n", record.address, record.state));
+    output.say(format_args!(
+        "{}: {}, for {since}\n",
+        record.address, record.state
+    ));
     say(output, "so far", &history(&record));
     say(output, "command", record.command.as_str());
     say(output, "queue", &queue);
     say(output, "ping", &ping);
     if let Some(seen) = record.seen_ms {
-        say(output, "last sign", &format!("{} ago", output::took(ago(seen))));
+        say(
+            output,
+            "last sign",
+            &format!("{} ago", output::took(ago(seen))),
+        );
     }
-    if let Some(trouble) = record.trouble.as_ref().filter(|_| !record.state.is_terminal()) {
-        say(output, "trouble", &format!("{}: {}", trouble.kind, trouble.detail));
+    if let Some(trouble) = record
+        .trouble
+        .as_ref()
+        .filter(|_| !record.state.is_terminal())
+    {
+        say(
+            output,
+            "trouble",
+            &format!("{}: {}", trouble.kind, trouble.detail),
+        );
     }
     if let Some(outcome) = &record.outcome {
         say(output, "outcome", &ended(outcome));
@@ -73,7 +88,9 @@ pub(super) fn ago(ms: u64) -> Duration {
 
 fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    since.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
 }
 
 fn history(record: &Record) -> String {
@@ -102,14 +119,19 @@ async fn ping(taskmanager: &Taskmanager, record: &Record) -> (bool, String) {
     let guest = guest.incarnation(record.address.incarnation);
     match guest.ping(GLANCE).await {
         Ok(pong) => (true, format!("answers: {}", pong.phase)),
-        Err(error) => (*error.kind() == ErrorKind::ConsumerSilent, error.to_string()),
+        Err(error) => (
+            *error.kind() == ErrorKind::ConsumerSilent,
+            error.to_string(),
+        ),
     }
 }
 
 fn waits_for(record: &Record) -> &'static str {
     match record.state {
         State::Planned => "the broker, to declare the guest's queue",
-        State::AwaitingGuest => "the guest's agent to attach and answer a ping; prepare is sent then",
+        State::AwaitingGuest => {
+            "the guest's agent to attach and answer a ping; prepare is sent then"
+        }
         State::QueueReady | State::GuestUp => "the broker, to confirm the publish of prepare",
         State::Sent => "the guest to accept prepare from its queue",
         State::Running => "the guest to finish prepare",
@@ -159,7 +181,10 @@ fn deadline(what: &str, at_ms: u64) -> String {
 fn ended(outcome: &ProvisionOutcome) -> String {
     match outcome {
         ProvisionOutcome::Succeeded { result, runs } => {
-            format!("succeeded, ran {runs} ×\n{}", shortened(&result.to_string()))
+            format!(
+                "succeeded, ran {runs} ×\n{}",
+                shortened(&result.to_string())
+            )
         }
         ProvisionOutcome::Failed { reason, runs } => format!("failed, ran {runs} ×: {reason}"),
         other => other.to_string(),
@@ -188,7 +213,9 @@ fn advice(record: &Record, attached: bool) -> String {
     }
     let passed = until(record).is_some_and(|(_, at)| at < now_ms());
     match record.state {
-        _ if passed => "start the control plane again (wilco provision …): it goes on from here".into(),
+        _ if passed => {
+            "start the control plane again (wilco provision …): it goes on from here".into()
+        }
         State::AwaitingGuest | State::Sent if !attached => format!(
             "look at the machine: is it up, does its agent run with this id and incarnation, and \
              can it reach the broker? By hand:\n{start}"
@@ -208,9 +235,13 @@ fn advice(record: &Record, attached: bool) -> String {
 fn after_failure(reason: &Reason) -> String {
     let what = match reason.kind {
         ReasonKind::GuestFailed | ReasonKind::Poison => "repair what the guest complains of",
-        ReasonKind::NoConsumer | ReasonKind::HostFailed => "find out why the machine did not come up",
+        ReasonKind::NoConsumer | ReasonKind::HostFailed => {
+            "find out why the machine did not come up"
+        }
         ReasonKind::ConsumerSilent => "find out why the guest's agent hung",
-        ReasonKind::BrokerUnreachable | ReasonKind::AuthRefused => "repair the broker (wilco doctor)",
+        ReasonKind::BrokerUnreachable | ReasonKind::AuthRefused => {
+            "repair the broker (wilco doctor)"
+        }
         _ => "if it is still wanted",
     };
     format!("{what}, then provision it again as a new incarnation: wilco provision … --again")

@@ -142,7 +142,9 @@ fn parse_line(
     let raw: Raw<'_> = place.object(text)?;
     let id: String = place.read(raw.id.get())?;
     let id = GuestId::new(id).map_err(|error| place.at(raw.id.get(), error.to_string()))?;
-    let deadlines = raw.deadlines.map(|raw| place.object::<RawDeadlines<'_>>(raw.get()));
+    let deadlines = raw
+        .deadlines
+        .map(|raw| place.object::<RawDeadlines<'_>>(raw.get()));
     let deadlines = deadlines.transpose()?.unwrap_or_default();
     let line = Line {
         prepare: raw.prepare.to_owned(),
@@ -152,12 +154,23 @@ fn parse_line(
             progress: place.duration(deadlines.progress)?,
             total: place.duration(deadlines.total)?,
         },
-        policy: raw.policy.map(|raw| place.read(raw.get())).transpose()?.unwrap_or_default(),
-        env: raw.env.map(|raw| place.env(raw)).transpose()?.unwrap_or_default(),
+        policy: raw
+            .policy
+            .map(|raw| place.read(raw.get()))
+            .transpose()?
+            .unwrap_or_default(),
+        env: raw
+            .env
+            .map(|raw| place.env(raw))
+            .transpose()?
+            .unwrap_or_default(),
         id,
     };
     if let Some(first) = seen.get(&line.id) {
-        let what = format!("line {first} has the guest {:?} already, expected each id once", line.id);
+        let what = format!(
+            "line {first} has the guest {:?} already, expected each id once",
+            line.id
+        );
         return Err(place.at(raw.id.get(), what));
     }
     seen.insert(line.id.clone(), number);
@@ -185,7 +198,10 @@ impl Place<'_> {
     /// The same for an object: serde would take an array with the fields in order too.
     fn object<'b, T: Deserialize<'b>>(self, part: &'b str) -> Result<T, (usize, String)> {
         if part.trim_start().starts_with('[') {
-            return Err(self.at(part.trim_start(), "found an array, expected an object".into()));
+            return Err(self.at(
+                part.trim_start(),
+                "found an array, expected an object".into(),
+            ));
         }
         self.read(part)
     }
@@ -207,7 +223,10 @@ impl Place<'_> {
 
     fn env(self, raw: &RawValue) -> Result<BTreeMap<String, String>, (usize, String)> {
         let env: BTreeMap<String, String> = self.read(raw.get())?;
-        match env.keys().find(|name| name.is_empty() || name.contains(['=', '\0'])) {
+        match env
+            .keys()
+            .find(|name| name.is_empty() || name.contains(['=', '\0']))
+        {
             None => Ok(env),
             Some(name) => {
                 let what = format!("expected names of environment variables, found {name:?}");
@@ -285,7 +304,11 @@ mod tests {
     #[test]
     fn an_error_says_where_and_what_was_expected() {
         for (text, column, expected) in [
-            ("{\"id\":\"a\",\"prepare\":1,}", 23, "trailing comma, expected another field"),
+            (
+                "{\"id\":\"a\",\"prepare\":1,}",
+                23,
+                "trailing comma, expected another field",
+            ),
             (
                 "{\"id\":\"a\",\"prepare\":1,\"deadline\":{}}",
                 32,
@@ -327,9 +350,6 @@ mod tests {
     fn bytes_that_are_not_utf8_are_one_bad_line() {
         let fleet = parse(b"{\"id\":\"a\",\"prepare\":1}\n{\"id\":\"\xff\"}\n");
         assert_eq!(fleet.guests.len(), 1);
-        assert_eq!(
-            (fleet.malformed[0].line, fleet.malformed[0].column),
-            (2, 8)
-        );
+        assert_eq!((fleet.malformed[0].line, fleet.malformed[0].column), (2, 8));
     }
 }

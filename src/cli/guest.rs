@@ -38,7 +38,9 @@ pub(super) async fn run(global: &Global, args: GuestArgs, output: Output) -> Out
     };
     events.tell("attached", &address, "attached");
 
-    let runner = Arc::new(Runner { address: address.clone() });
+    let runner = Arc::new(Runner {
+        address: address.clone(),
+    });
     let (run, program) = (Arc::clone(&runner), prepare);
     guest = guest
         .on_prepare(move |payload: Box<RawValue>, cx: Context| {

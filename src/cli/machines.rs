@@ -43,7 +43,10 @@ enum Machine {
 impl Machines {
     pub(super) fn new(program: Program, broker: &str) -> Outcome<Arc<Self>> {
         let wilco = std::env::current_exe().map_err(|error| {
-            Problem::new(Exit::Defect, format!("cannot find this program's own file: {error}"))
+            Problem::new(
+                Exit::Defect,
+                format!("cannot find this program's own file: {error}"),
+            )
         })?;
         Ok(Arc::new(Self {
             program,

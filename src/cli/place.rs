@@ -19,7 +19,10 @@ pub(super) fn patience() -> Deadline {
 
 /// Ends at the first SIGINT or SIGTERM.
 pub(super) async fn interrupted() {
-    let (interrupt, terminate) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
+    let (interrupt, terminate) = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+    );
     let (Ok(mut interrupt), Ok(mut terminate)) = (interrupt, terminate) else {
         // Without handlers the signals end the process as they always do.
         return std::future::pending().await;

@@ -84,7 +84,8 @@ impl Program {
             .kill_on_drop(true)
             .spawn()
             .map_err(|error| format!("cannot start {name}: {error}"))?;
-        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let (stdin, stdout, stderr) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (mut head, mut tail) = (Head::default(), Tail::default());
         let status = {
             let pipes = async {
@@ -196,9 +197,9 @@ mod tests {
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
         let program = Program::find(&path).unwrap();
         let result = program.run(payload.as_bytes(), &[("V", "v".into())]).await;
-        result.map(|json| json.get().to_owned()).map_err(|error| {
-            error.replace(&path.display().to_string(), "program")
-        })
+        result
+            .map(|json| json.get().to_owned())
+            .map_err(|error| error.replace(&path.display().to_string(), "program"))
     }
 
     #[tokio::test]
@@ -217,7 +218,8 @@ mod tests {
 
     #[tokio::test]
     async fn more_output_than_kept_blocks_nobody() {
-        let script = "head -c 3000000 /dev/zero | tr '\\0' x; head -c 3000000 /dev/zero | tr '\\0' y >&2";
+        let script =
+            "head -c 3000000 /dev/zero | tr '\\0' x; head -c 3000000 /dev/zero | tr '\\0' y >&2";
         let large = sh(script, &"z".repeat(1 << 20)).await.unwrap();
         assert!(large.len() > MAX_RESULT_BYTES && large.len() < MAX_RESULT_BYTES + 100);
         assert!(large.contains("(cut after 262144 bytes)"));

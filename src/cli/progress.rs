@@ -118,7 +118,9 @@ impl Bars {
     fn new(total: usize, width: usize) -> Self {
         let screen = MultiProgress::new();
         let whole = screen.add(ProgressBar::new(total as u64));
-        whole.set_style(style("{bar:28.green/dim} {pos}/{len} done in {elapsed}  {wide_msg}"));
+        whole.set_style(style(
+            "{bar:28.green/dim} {pos}/{len} done in {elapsed}  {wide_msg}",
+        ));
         whole.enable_steady_tick(Duration::from_millis(250));
         let rows = output::rows().unwrap_or(24);
         Self {
@@ -139,7 +141,11 @@ impl Bars {
                 spinner.finish_and_clear();
                 self.screen.remove(&spinner);
             }
-            let mark = if record.state == State::Succeeded { "✓" } else { "✗" };
+            let mark = if record.state == State::Succeeded {
+                "✓"
+            } else {
+                "✗"
+            };
             self.note(&format!("{mark} {}", described(record)));
             while self.spinners.len() < self.lines
                 && let Some((id, text)) = self.waiting.pop_front()
@@ -148,7 +154,10 @@ impl Bars {
             }
             return;
         }
-        let trouble = record.trouble.as_ref().filter(|_| record.state == State::Running);
+        let trouble = record
+            .trouble
+            .as_ref()
+            .filter(|_| record.state == State::Running);
         let text = match trouble {
             Some(trouble) => format!("{}: {}", record.state, first_line(&trouble.detail)),
             None => record.state.to_string(),
@@ -166,7 +175,10 @@ impl Bars {
 
     fn spin(&mut self, id: &GuestId, text: &str) {
         let spinner = self.screen.add(ProgressBar::new_spinner());
-        let style = style(&format!("{{spinner:.cyan}} {{prefix:{}}}  {{wide_msg}}", self.width));
+        let style = style(&format!(
+            "{{spinner:.cyan}} {{prefix:{}}}  {{wide_msg}}",
+            self.width
+        ));
         spinner.set_style(style);
         spinner.set_prefix(id.to_string());
         spinner.set_message(text.to_owned());
@@ -180,7 +192,10 @@ impl Bars {
             *counts.entry(*state).or_insert(0_u32) += 1;
         }
         let done = states.values().filter(|state| state.is_terminal()).count();
-        let counts: Vec<_> = counts.iter().map(|(state, n)| format!("{n} {state}")).collect();
+        let counts: Vec<_> = counts
+            .iter()
+            .map(|(state, n)| format!("{n} {state}"))
+            .collect();
         self.whole.set_length(total as u64);
         self.whole.set_position(done as u64);
         self.whole.set_message(counts.join(", "));
@@ -203,4 +218,3 @@ impl Bars {
 fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
-

@@ -4,9 +4,7 @@ use std::{process::ExitCode, sync::Arc, time::Duration, time::Instant};
 
 use serde_json::json;
 use tokio::{sync::Semaphore, sync::broadcast::error::RecvError, task::JoinSet};
-use wilco::{
-    ErrorKind, GuestAddress, Incarnation, SendPolicy, State, Taskmanager,
-};
+use wilco::{ErrorKind, GuestAddress, Incarnation, SendPolicy, State, Taskmanager};
 
 use super::{
     args::{Global, Provision},
@@ -84,9 +82,7 @@ fn report(malformed: &Malformed, args: &Provision, output: Output) {
 
 /// Bad input outweighs a bad outcome: it is the caller's to repair.
 fn exit_code(rows: &[Row], malformed: usize) -> ExitCode {
-    let succeeded = |row: &Row| {
-        matches!(&row.end, End::Outcome { outcome, .. } if outcome.state() == State::Succeeded)
-    };
+    let succeeded = |row: &Row| matches!(&row.end, End::Outcome { outcome, .. } if outcome.state() == State::Succeeded);
     if malformed > 0 {
         Exit::Input.code()
     } else if rows.iter().all(succeeded) {

@@ -23,7 +23,13 @@ pub(super) async fn list(global: &Global, output: Output) -> Outcome {
     let broker = global.connect_shared().await?;
     let queues = broker.list(patience()).await?;
     let columns = [
-        "queue", "guest", "ready", "delayed", "in flight", "dead", "attached",
+        "queue",
+        "guest",
+        "ready",
+        "delayed",
+        "in flight",
+        "dead",
+        "attached",
     ];
     let mut table = output::table(&columns);
     for queue in &queues {
@@ -62,7 +68,11 @@ pub(super) async fn dead(global: &Global, action: DeadAction, output: Output) ->
                 Some(queue) => vec![global.queue(&queue, incarnation).await?],
                 None => {
                     let queues = broker.list(patience()).await?;
-                    queues.into_iter().filter(|q| q.dead > 0).map(|q| q.name).collect()
+                    queues
+                        .into_iter()
+                        .filter(|q| q.dead > 0)
+                        .map(|q| q.name)
+                        .collect()
                 }
             };
             list_dead(&*broker, &queues, output).await
@@ -182,7 +192,10 @@ async fn show_dead(
         Value::String(text) => text.clone(),
         value => serde_json::to_string_pretty(value).unwrap_or_default(),
     };
-    output.say(format_args!("body:        {} bytes\n{pretty}", message.body.len()));
+    output.say(format_args!(
+        "body:        {} bytes\n{pretty}",
+        message.body.len()
+    ));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -211,7 +224,9 @@ async fn redrive(
 fn missing(queue: &QueueName, key: &str) -> Problem {
     Problem::new(
         Exit::Missing,
-        format!("{queue} has no dead letter {key:?} (any more); wilco dead list shows those it has"),
+        format!(
+            "{queue} has no dead letter {key:?} (any more); wilco dead list shows those it has"
+        ),
     )
 }
 

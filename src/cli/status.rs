@@ -32,12 +32,19 @@ pub(super) async fn run(global: &Global, args: Status, output: Output) -> Outcom
             record.address.incarnation.to_string(),
             record.state.to_string(),
             format!("{} ago", output::took(ago(record.since_ms))),
-            record.outcome.as_ref().map(|outcome| runs(outcome).to_string()).unwrap_or_default(),
+            record
+                .outcome
+                .as_ref()
+                .map(|outcome| runs(outcome).to_string())
+                .unwrap_or_default(),
             reason(record),
         ]);
     }
     if records.is_empty() {
-        output.say(format_args!("no records at {}", global.records_path().display()));
+        output.say(format_args!(
+            "no records at {}",
+            global.records_path().display()
+        ));
     } else {
         output.say(table);
     }
@@ -46,7 +53,10 @@ pub(super) async fn run(global: &Global, args: Status, output: Output) -> Outcom
 
 fn reason(record: &Record) -> String {
     let of_outcome = record.outcome.as_ref().and_then(|outcome| outcome.reason());
-    of_outcome.or(record.revoking.as_ref()).map(ToString::to_string).unwrap_or_default()
+    of_outcome
+        .or(record.revoking.as_ref())
+        .map(ToString::to_string)
+        .unwrap_or_default()
 }
 
 /// A record without its payload: that may hold passwords, and a status is pasted into tickets (S4).
@@ -113,7 +123,10 @@ pub(super) async fn delete(global: &Global, args: Delete, output: Output) -> Out
     needed(&taskmanager, &args.id, global).await?;
     taskmanager.delete(&args.id).await?;
     output.json(&json!({ "guest": args.id, "deleted": true }));
-    output.say(format_args!("{}: deleted; nothing of it is left on the broker", args.id));
+    output.say(format_args!(
+        "{}: deleted; nothing of it is left on the broker",
+        args.id
+    ));
     Ok(ExitCode::SUCCESS)
 }
 

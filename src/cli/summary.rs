@@ -38,14 +38,21 @@ pub(super) fn show(rows: &[Row], left: &[QueueStatus], took: Duration, output: O
         table.add_row(cells(row));
         output.json(&event(row));
     }
-    for (column, alignment) in [(1, CellAlignment::Right), (4, CellAlignment::Right), (5, CellAlignment::Right)] {
+    for (column, alignment) in [
+        (1, CellAlignment::Right),
+        (4, CellAlignment::Right),
+        (5, CellAlignment::Right),
+    ] {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(alignment);
         }
     }
     output.say(table);
     let totals = totals(rows);
-    let counted: Vec<_> = totals.iter().map(|(what, n)| format!("{n} {what}")).collect();
+    let counted: Vec<_> = totals
+        .iter()
+        .map(|(what, n)| format!("{n} {what}"))
+        .collect();
     let guests = if rows.len() == 1 { "guest" } else { "guests" };
     output.say(format_args!(
         "{} {guests}: {}, in {}",
@@ -71,14 +78,23 @@ pub(super) fn show(rows: &[Row], left: &[QueueStatus], took: Duration, output: O
 fn cells(row: &Row) -> Vec<Cell> {
     let (outcome, color, reason, runs, took) = match &row.end {
         End::Outcome { outcome, took } => {
-            let reason = outcome.reason().map(ToString::to_string).unwrap_or_default();
+            let reason = outcome
+                .reason()
+                .map(ToString::to_string)
+                .unwrap_or_default();
             let color = match outcome.state() {
                 State::Succeeded => Color::Green,
                 State::NotDelivered => Color::Yellow,
                 _ => Color::Red,
             };
             let took = output::took(*took);
-            (outcome.state().to_string(), color, reason, runs(outcome).to_string(), took)
+            (
+                outcome.state().to_string(),
+                color,
+                reason,
+                runs(outcome).to_string(),
+                took,
+            )
         }
         End::Problem(problem) => {
             let what = "no outcome".to_owned();
@@ -131,15 +147,22 @@ fn totals(rows: &[Row]) -> Vec<(String, usize)> {
         *totals.entry(state).or_insert(0) += 1;
     }
     // BTreeMap puts None first; what went well comes first here.
-    let (open, ended): (Vec<_>, Vec<_>) = totals.into_iter().partition(|(state, _)| state.is_none());
+    let (open, ended): (Vec<_>, Vec<_>) =
+        totals.into_iter().partition(|(state, _)| state.is_none());
     let name = |state: Option<State>| state.map_or("without outcome".into(), |s| s.to_string());
-    ended.into_iter().chain(open).map(|(state, n)| (name(state), n)).collect()
+    ended
+        .into_iter()
+        .chain(open)
+        .map(|(state, n)| (name(state), n))
+        .collect()
 }
 
 /// What the broker still holds of guests that were not delivered: it has to be nothing.
 fn undelivered<'a>(rows: &[Row], left: &'a [QueueStatus]) -> Vec<&'a QueueStatus> {
     let queues: Vec<_> = not_delivered(rows).map(|row| row.address.queue()).collect();
-    left.iter().filter(|queue| queues.contains(&queue.name)).collect()
+    left.iter()
+        .filter(|queue| queues.contains(&queue.name))
+        .collect()
 }
 
 fn not_delivered(rows: &[Row]) -> impl Iterator<Item = &Row> {

@@ -15,27 +15,30 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// More than anything here takes unless it is broken.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A directory to run the command in.
-pub struct Place {
+pub(crate) struct Place {
     dir: TempDir,
 }
 
 impl Place {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         Self { dir }
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }
 
     /// The command, with nothing of the caller's environment that it would heed.
-    pub fn wilco(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
+    pub(crate) fn wilco(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_wilco"));
-        command.args(args).current_dir(self.path()).stdin(Stdio::null());
+        command
+            .args(args)
+            .current_dir(self.path())
+            .stdin(Stdio::null());
         for name in ["WILCO_BROKER", "WILCO_RECORDS", "WILCO_LOG"] {
             command.env_remove(name);
         }
@@ -44,41 +47,47 @@ impl Place {
     }
 
     /// Runs it to its end.
-    pub fn run(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Ended {
+    pub(crate) fn run(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Ended {
         Ended::of(self.wilco(args).output().unwrap())
     }
 
     /// Starts it.
-    pub fn start(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Running {
+    pub(crate) fn start(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Running {
         let mut command = self.wilco(args);
-        Running::of(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+        Running::of(
+            command
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap(),
+        )
     }
 
     /// Writes a file here.
-    pub fn file(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+    pub(crate) fn file(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path().join(name);
         fs::write(&path, text).unwrap();
         path
     }
 
     /// Writes a shell script here.
-    pub fn script(&self, name: &str, text: &str) -> PathBuf {
+    pub(crate) fn script(&self, name: &str, text: &str) -> PathBuf {
         let path = self.file(name, format!("#!/bin/sh\n{text}\n"));
         fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
         path
     }
 
-    pub fn read(&self, name: &str) -> String {
+    pub(crate) fn read(&self, name: &str) -> String {
         fs::read_to_string(self.path().join(name)).unwrap_or_default()
     }
 }
 
 /// What a command left behind.
 #[derive(Debug)]
-pub struct Ended {
-    pub code: Option<i32>,
-    pub stdout: String,
-    pub stderr: String,
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 impl Ended {
@@ -92,7 +101,7 @@ impl Ended {
 
     /// It ended with this code and, if it did not go well, one clear message that holds these words.
     #[track_caller]
-    pub fn expect(&self, code: i32, words: &[&str]) -> &Self {
+    pub(crate) fn expect(&self, code: i32, words: &[&str]) -> &Self {
         assert_eq!(self.code, Some(code), "{self:#?}");
         for word in words {
             assert!(self.stderr.contains(word), "no {word:?} in {self:#?}");
@@ -105,7 +114,7 @@ impl Ended {
 
     /// Its answer, one JSON object a line.
     #[track_caller]
-    pub fn json(&self) -> Vec<Value> {
+    pub(crate) fn json(&self) -> Vec<Value> {
         let line = |line: &str| {
             serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
         };
@@ -114,32 +123,32 @@ impl Ended {
 }
 
 /// A command that runs, and is killed when the test ends.
-pub struct Running(Option<Child>);
+pub(crate) struct Running(Option<Child>);
 
 impl Running {
-    pub fn of(child: Child) -> Self {
+    pub(crate) fn of(child: Child) -> Self {
         Self(Some(child))
     }
 
-    pub fn id(&self) -> u32 {
+    pub(crate) fn id(&self) -> u32 {
         self.0.as_ref().unwrap().id()
     }
 
     /// Waits for its end.
-    pub fn ended(mut self) -> Ended {
+    pub(crate) fn ended(mut self) -> Ended {
         Ended::of(self.0.take().unwrap().wait_with_output().unwrap())
     }
 
-    pub fn has_ended(&mut self) -> bool {
+    pub(crate) fn has_ended(&mut self) -> bool {
         self.0.as_mut().unwrap().try_wait().unwrap().is_some()
     }
 
-    pub fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         signal(self.id(), name);
     }
 
     /// SIGTERM, and its end.
-    pub fn stop(self) -> Ended {
+    pub(crate) fn stop(self) -> Ended {
         self.signal("TERM");
         self.ended()
     }
@@ -155,15 +164,17 @@ impl Drop for Running {
 }
 
 /// Sends a signal to one process.
-pub fn signal(pid: u32, name: &str) {
-    let kill = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).output();
+pub(crate) fn signal(pid: u32, name: &str) {
+    let kill = Command::new("kill")
+        .args([&format!("-{name}"), &pid.to_string()])
+        .output();
     // One that is gone already is fine.
     drop(kill);
 }
 
 /// Waits until something holds.
 #[track_caller]
-pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
     while !holds() {
         assert!(Instant::now() < end, "waited {PATIENCE:?} until {what}");
@@ -172,11 +183,13 @@ pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// Says that something was not tried, past the capture of passing tests' output: not a pass.
-pub fn not_run(what: &str, why: &str) {
+pub(crate) fn not_run(what: &str, why: &str) {
     let _ = writeln!(std::io::stderr(), "NOT RUN: {what}: {why}");
 }
 
 /// A file of the examples.
-pub fn example(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(name)
+pub(crate) fn example(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("examples")
+        .join(name)
 }
