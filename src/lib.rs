@@ -17,6 +17,8 @@ pub mod durability;
 mod error;
 pub mod message;
 pub mod names;
+#[cfg(feature = "sqlite")]
+mod sqlite;
 pub mod wire;
 mod workflow;
 

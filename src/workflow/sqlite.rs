@@ -14,7 +14,7 @@ use crate::{
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
     names::{GuestAddress, GuestId},
-    sqlite::{Location, Schema, Store, sql_error},
+    sqlite::{Location, Schema, Store},
     workflow::{
         journal::{Entry, Journal, check_owner},
         record::Record,
@@ -83,7 +83,7 @@ impl Records for SqliteRecords {
                         .query_row(params![guest, incarnation], |row| row.get(0))
                         .optional()
                 })
-                .map_err(sql_error)?;
+                .map_err(Error::from)?;
             check_revision(&record, stored.unwrap_or(0).unsigned_abs())?;
             db.prepare_cached("INSERT OR REPLACE INTO records VALUES (?1, ?2, ?3, ?4)")
                 .and_then(|mut insert| {
@@ -94,7 +94,7 @@ impl Records for SqliteRecords {
                         text
                     ])
                 })
-                .map_err(sql_error)?;
+                .map_err(Error::from)?;
             Ok(())
         };
         self.store.write(PATIENCE.into(), write).await
@@ -112,7 +112,7 @@ impl Records for SqliteRecords {
                             .query_row([guest.as_str()], |row| row.get(0))
                             .optional()
                     })
-                    .map_err(sql_error)
+                    .map_err(Error::from)
             })
             .await?;
         text.as_deref().map(from_json).transpose()
@@ -187,12 +187,12 @@ impl Journal for SqliteJournal {
                     Ok((row.get(0)?, row.get(1)?))
                 })
                 .optional()
-                .map_err(sql_error)?;
+                .map_err(Error::from)?;
             let Some((bound, dismissed)) = bound else {
                 return db
                     .execute("INSERT INTO machine VALUES (1, ?1, 0)", [text])
                     .map(|_| ())
-                    .map_err(sql_error);
+                    .map_err(Error::from);
             };
             check_owner(Some(&from_json(&bound)?), dismissed, &address)
         })
@@ -209,7 +209,7 @@ impl Journal for SqliteJournal {
             )
             .and_then(|mut insert| insert.execute(params![command.as_str(), disposable, text]))
             .map(|_| ())
-            .map_err(sql_error)
+            .map_err(Error::from)
         })
         .await
     }
@@ -227,7 +227,7 @@ impl Journal for SqliteJournal {
         self.write(|db| {
             db.execute("UPDATE machine SET dismissed = 1", [])
                 .map(|_| ())
-                .map_err(sql_error)
+                .map_err(Error::from)
         })
         .await
     }
@@ -242,7 +242,7 @@ impl Journal for SqliteJournal {
                 [keep],
             )
             .map(|_| ())
-            .map_err(sql_error)
+            .map_err(Error::from)
         })
         .await
     }
@@ -301,7 +301,7 @@ impl OwnerLock {
 fn strings(db: &rusqlite::Connection, sql: &str) -> Result<Vec<String>> {
     db.prepare_cached(sql)
         .and_then(|mut query| query.query_map([], |row| row.get(0))?.collect())
-        .map_err(sql_error)
+        .map_err(Error::from)
 }
 
 fn to_json(value: &impl serde::Serialize) -> Result<String> {
