@@ -342,3 +342,246 @@ fn enter(record: &mut Record, state: State, now_ms: u64) -> bool {
     }
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::value::RawValue;
+
+    use super::*;
+    use crate::{
+        names::{GuestAddress, GuestId},
+        wire::Receipt,
+        workflow::record::Deadlines,
+    };
+
+    fn record(policy: SendPolicy) -> Record {
+        let address = GuestAddress::from(GuestId::new("vm").unwrap());
+        Record::new(
+            address,
+            RawValue::NULL.to_owned(),
+            policy,
+            Deadlines::default(),
+            0,
+        )
+    }
+
+    fn boot() -> BootId {
+        BootId::new("boot-1").unwrap()
+    }
+
+    fn done() -> Event {
+        let result = CommandResult::Ok(RawValue::TRUE.to_owned());
+        Event::Command(CommandState::Done(Receipt::new(1, result)), Some(boot()))
+    }
+
+    fn after_events(policy: SendPolicy, events: impl IntoIterator<Item = (Event, u64)>) -> Record {
+        let mut record = record(policy);
+        for (event, now) in events {
+            apply(&mut record, event, now);
+        }
+        record
+    }
+
+    fn reason(record: &Record) -> (State, ReasonKind, Option<Stage>) {
+        let reason = record.outcome.as_ref().unwrap().reason().unwrap();
+        (record.state, reason.kind, reason.stage)
+    }
+
+    fn cancel() -> Event {
+        Event::GiveUp(Reason::new(ReasonKind::Revoked, ""))
+    }
+
+    const BOOT_MS: u64 = 600_000;
+
+    #[test]
+    fn w2_ping_first_goes_its_way() {
+        let mut record = record(SendPolicy::PingFirst);
+        let way = [
+            (Event::Declared, State::AwaitingGuest, Todo::Await),
+            (Event::Pong(boot()), State::GuestUp, Todo::Publish),
+            (Event::SendConfirmed, State::Sent, Todo::Watch),
+            (Event::Accepted(boot()), State::Running, Todo::Watch),
+            (done(), State::Succeeded, Todo::Nothing),
+        ];
+        assert_eq!(todo(&record), Todo::Declare);
+        for (event, state, next) in way {
+            assert!(apply(&mut record, event, 1));
+            assert_eq!((record.state, todo(&record)), (state, next));
+        }
+    }
+
+    #[test]
+    fn w1_a_guest_that_never_starts_is_not_delivered_for_what_stood_in_the_way() {
+        let trouble = Trouble {
+            kind: ReasonKind::NoConsumer,
+            detail: String::new(),
+        };
+        for policy in [SendPolicy::PingFirst, SendPolicy::EnqueueFirst] {
+            let events = [
+                Event::Declared,
+                Event::SendConfirmed,
+                Event::Trouble(trouble.clone()),
+            ];
+            let mut record = after_events(policy, events.map(|event| (event, 0)));
+            assert_eq!(next_tick_ms(&record), BOOT_MS);
+            assert!(!apply(&mut record, Event::Tick, BOOT_MS - 1));
+            assert!(apply(&mut record, Event::Tick, BOOT_MS));
+            assert_eq!(todo(&record), Todo::Revoke);
+            let discarded = policy == SendPolicy::EnqueueFirst;
+            apply(&mut record, Event::Fenced { discarded }, BOOT_MS);
+            let expected = (
+                State::NotDelivered,
+                ReasonKind::NoConsumer,
+                Some(Stage::Boot),
+            );
+            assert_eq!(reason(&record), expected);
+        }
+    }
+
+    #[test]
+    fn w37_a_cancel_that_comes_too_late_goes_on_to_the_outcome() {
+        let events = [
+            Event::Declared,
+            Event::Pong(boot()),
+            Event::SendConfirmed,
+            cancel(),
+        ];
+        let revoking = after_events(SendPolicy::PingFirst, events.map(|event| (event, 1)));
+        assert_eq!(revoking.state, State::Revoking);
+
+        let mut discarded = revoking.clone();
+        apply(&mut discarded, Event::Fenced { discarded: true }, 2);
+        assert_eq!(reason(&discarded).0, State::NotDelivered);
+
+        for too_late in [Event::Fenced { discarded: false }, Event::TooLate] {
+            let mut accepted = revoking.clone();
+            apply(&mut accepted, too_late, 2);
+            assert_eq!((accepted.state, accepted.accepted), (State::Planned, true));
+            apply(&mut accepted, Event::Declared, 3);
+            assert_eq!(accepted.state, State::Running);
+            apply(&mut accepted, done(), 4);
+            assert_eq!(accepted.state, State::Succeeded);
+        }
+    }
+
+    #[test]
+    fn an_accepted_prepare_whose_time_is_up_has_failed_not_vanished() {
+        let events = [
+            Event::Declared,
+            Event::Pong(boot()),
+            Event::SendConfirmed,
+            Event::Accepted(boot()),
+        ];
+        let mut record = after_events(SendPolicy::PingFirst, events.map(|event| (event, 1)));
+        apply(&mut record, Event::Tick, 1 + 6_000);
+        assert_eq!(record.state, State::Suspect);
+        apply(&mut record, Event::Tick, 1 + 120_000);
+        apply(&mut record, Event::Fenced { discarded: false }, 1 + 120_000);
+        assert_eq!(
+            reason(&record),
+            (
+                State::Failed,
+                ReasonKind::DeadlineExceeded,
+                Some(Stage::Progress)
+            )
+        );
+    }
+
+    #[test]
+    fn w24_a_lost_prepare_is_sent_again_under_its_id() {
+        let events = [Event::Declared, Event::Pong(boot()), Event::SendConfirmed];
+        let mut record = after_events(SendPolicy::PingFirst, events.map(|event| (event, 1)));
+        let command = record.command.clone();
+        assert!(apply(&mut record, Event::Lost, 2));
+        assert_eq!((todo(&record), &record.command), (Todo::Publish, &command));
+    }
+
+    #[test]
+    fn w23_a_queue_that_is_gone_is_declared_again() {
+        let events = [
+            Event::Declared,
+            Event::Pong(boot()),
+            Event::SendConfirmed,
+            Event::QueueGone,
+        ];
+        let record = after_events(SendPolicy::PingFirst, events.map(|event| (event, 1)));
+        assert_eq!(todo(&record), Todo::Declare);
+    }
+
+    fn any_event() -> impl Strategy<Value = Event> {
+        let states = prop_oneof![
+            Just(CommandState::Unknown),
+            Just(CommandState::Accepted),
+            Just(CommandState::Running { runs: 1 }),
+            Just(CommandState::Withdrawn),
+        ];
+        prop_oneof![
+            3 => Just(Event::Declared),
+            3 => Just(Event::Pong(boot())),
+            3 => Just(Event::SendConfirmed),
+            1 => Just(Event::Accepted(boot())),
+            2 => states.prop_map(|state| Event::Command(state, Some(boot()))),
+            1 => Just(done()),
+            1 => Just(Event::Refused(RemoteError::new("poison", ""))),
+            1 => Just(Event::Trouble(Trouble { kind: ReasonKind::NoConsumer, detail: String::new() })),
+            1 => Just(Event::Lost),
+            1 => Just(Event::QueueGone),
+            1 => Just(cancel()),
+            1 => Just(Event::TooLate),
+            3 => Just(Event::Tick),
+            1 => any::<bool>().prop_map(|discarded| Event::Fenced { discarded }),
+            1 => Just(Event::Deleted),
+        ]
+    }
+
+    proptest! {
+        /// The guarantee's own words: exactly one outcome, and no way back from it.
+        #[test]
+        fn an_outcome_is_set_once_and_stays(
+            events in prop::collection::vec((any_event(), 0u64..700_000), 1..40),
+            enqueue in any::<bool>(),
+        ) {
+            let policy = if enqueue { SendPolicy::EnqueueFirst } else { SendPolicy::PingFirst };
+            let mut record = record(policy);
+            let mut now = 0;
+            let mut ended: Option<String> = None;
+            for (event, later) in events {
+                now += later / 20;
+                let before = serde_json::to_string(&record).unwrap();
+                let changed = apply(&mut record, event, now);
+                let outcome = record.outcome.as_ref().map(|outcome| format!("{outcome:?}"));
+                prop_assert_eq!(record.state.is_terminal(), outcome.is_some());
+                prop_assert_eq!(todo(&record) == Todo::Nothing, outcome.is_some());
+                if let Some(first) = &ended {
+                    prop_assert_eq!(Some(first), outcome.as_ref());
+                }
+                // Never published: then it was not delivered, whatever else happened.
+                if record.sent == Sent::Never && !record.accepted {
+                    prop_assert!(record.state != State::Running && record.state != State::Sent);
+                }
+                if !changed {
+                    let state = |text: &str| serde_json::from_str::<Record>(text).unwrap().state;
+                    prop_assert_eq!(state(&before), record.state);
+                }
+                ended = outcome;
+            }
+        }
+
+        /// Whatever happened before, time alone ends it: nothing waits for ever.
+        #[test]
+        fn time_and_a_fence_end_everything(
+            events in prop::collection::vec(any_event(), 0..30),
+            discarded in any::<bool>(),
+        ) {
+            let mut record = record(SendPolicy::PingFirst);
+            for event in events {
+                apply(&mut record, event, 1);
+            }
+            let end = 3_600_000;
+            apply(&mut record, Event::Tick, end);
+            apply(&mut record, Event::Fenced { discarded }, end);
+            prop_assert!(record.state.is_terminal(), "{:?}", record.state);
+        }
+    }
+}

@@ -52,7 +52,7 @@ pub struct Guest {
     consumer: Option<Box<dyn Consumer>>,
     lane_ended: oneshot::Receiver<Error>,
     /// Ended when the guest is dropped.
-    tasks: Vec<Task>,
+    _tasks: Vec<Task>,
     handlers: Handlers,
     grace: Duration,
 }
@@ -254,7 +254,7 @@ impl Attach {
             reports,
             consumer: None,
             lane_ended,
-            tasks: vec![Task(tokio::spawn(lane)), Task(tokio::spawn(reporter.run()))],
+            _tasks: vec![Task(tokio::spawn(lane)), Task(tokio::spawn(reporter.run()))],
             handlers: Handlers::default(),
             grace: Duration::from_secs(30),
             book,
