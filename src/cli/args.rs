@@ -27,15 +27,24 @@ pub(super) struct Global {
         long,
         global = true,
         env = "WILCO_BROKER",
+        hide_env_values = true,
+        help_heading = "Everywhere",
         value_name = "URL",
         default_value = "sqlite:wilco.db"
     )]
     pub(super) broker: String,
     /// The control plane's records [default: beside the broker's file, ending in -records.db]
-    #[arg(long, global = true, env = "WILCO_RECORDS", value_name = "PATH")]
+    #[arg(
+        long,
+        global = true,
+        env = "WILCO_RECORDS",
+        hide_env_values = true,
+        help_heading = "Everywhere",
+        value_name = "PATH"
+    )]
     pub(super) records: Option<PathBuf>,
     /// Answer in JSON, one object a line
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Everywhere")]
     pub(super) json: bool,
 }
 
@@ -126,7 +135,7 @@ pub(super) struct GuestArgs {
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = duration)]
     pub(super) wait: Duration,
     /// What to do at the start about a prepare that was running when the guest was killed
-    #[arg(long, value_enum, default_value = "fail")]
+    #[arg(long, value_enum, value_name = "CHOICE", default_value = "fail")]
     pub(super) on_interrupt: OnInterrupt,
 }
 

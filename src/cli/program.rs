@@ -193,8 +193,17 @@ mod tests {
     async fn sh(script: &str, payload: &str) -> Result<String, String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("program");
-        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        // Written by another process: a test beside this one may fork while we have it open, and
+        // then it could not be started for a moment.
+        let write = std::process::Command::new("sh")
+            .args([
+                "-c",
+                "printf '#!/bin/sh\n%s\n' \"$2\" >\"$1\" && chmod +x \"$1\"",
+                "sh",
+            ])
+            .args([path.as_os_str(), script.as_ref()])
+            .status();
+        assert!(write.unwrap().success());
         let program = Program::find(&path).unwrap();
         let result = program.run(payload.as_bytes(), &[("V", "v".into())]).await;
         result

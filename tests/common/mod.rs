@@ -5,7 +5,6 @@ use std::{
     ffi::OsStr,
     fs,
     io::Write,
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -71,9 +70,21 @@ impl Place {
     }
 
     /// Writes a shell script here.
+    ///
+    /// Another process writes it: a test beside this one may fork while we have it open, and then it
+    /// could not be started for a moment ("text file busy").
     pub(crate) fn script(&self, name: &str, text: &str) -> PathBuf {
-        let path = self.file(name, format!("#!/bin/sh\n{text}\n"));
-        fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        let path = self.path().join(name);
+        let mut writer = Command::new("sh")
+            .args(["-c", "cat >\"$1\" && chmod +x \"$1\"", "sh"])
+            .arg(&path)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = writer.stdin.take().unwrap();
+        writeln!(stdin, "#!/bin/sh\n{text}").unwrap();
+        drop(stdin);
+        assert!(writer.wait().unwrap().success());
         path
     }
 
