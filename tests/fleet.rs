@@ -174,7 +174,7 @@ fn the_readme_fleet_ends_as_it_should_and_is_not_run_again() {
     };
     assert!(reason("search-pg-01").contains("No such device: /dev/vdb"));
     assert!(
-        reason("metrics-pg-01").contains("interrupted"),
+        reason("metrics-pg-01").contains("not run a second time"),
         "{}",
         reason("metrics-pg-01")
     );

@@ -3,7 +3,7 @@
 use std::{process::ExitCode, time::Duration, time::Instant};
 
 use serde_json::{json, value::RawValue};
-use wilco::{GuestAddress, GuestHandle, Incarnation};
+use wilco::{Error, ErrorKind, GuestAddress, GuestHandle, Incarnation};
 
 use super::{
     args::{Address, Call, Cast, Global, Ping},
@@ -16,7 +16,10 @@ pub(super) async fn ping(global: &Global, args: Ping, output: Output) -> Outcome
     let mut times = Vec::new();
     for _ in 0..args.count.get() {
         let start = Instant::now();
-        let pong = guest.ping(args.timeout).await?;
+        let pong = guest
+            .ping(args.timeout)
+            .await
+            .map_err(|error| hint(error, &address))?;
         let took = start.elapsed();
         times.push(took);
         output.json(&json!({
@@ -66,7 +69,10 @@ pub(super) async fn call(global: &Global, args: Call, output: Output) -> Outcome
     let payload = payload(&args.payload)?;
     let (guest, address) = reach(global, &args.guest).await?;
     let guest = guest.within(args.timeout);
-    let answer: Box<RawValue> = guest.call(args.kind.as_str(), &payload).await?;
+    let answer = guest
+        .call::<Box<RawValue>>(args.kind.as_str(), &payload)
+        .await;
+    let answer = answer.map_err(|error| hint(error, &address))?;
     output.json(&json!({ "guest": address.guest, "kind": args.kind, "answer": answer }));
     output.say(answer);
     Ok(ExitCode::SUCCESS)
@@ -75,10 +81,27 @@ pub(super) async fn call(global: &Global, args: Call, output: Output) -> Outcome
 pub(super) async fn cast(global: &Global, args: Cast, output: Output) -> Outcome {
     let payload = payload(&args.payload)?;
     let (guest, address) = reach(global, &args.guest).await?;
-    let command = guest.cast(args.kind.as_str(), &payload).await?;
+    let command = guest.cast(args.kind.as_str(), &payload).await;
+    let command = command.map_err(|error| hint(error, &address))?;
     output.json(&json!({ "guest": address.guest, "kind": args.kind, "command": command }));
     output.say(command);
     Ok(ExitCode::SUCCESS)
+}
+
+/// The error, and what can be done where that is not plain.
+fn hint(error: Error, address: &GuestAddress) -> Problem {
+    let what = match error.kind() {
+        ErrorKind::NoConsumer => "is its agent running, on this broker, with this incarnation?",
+        ErrorKind::ConsumerSilent => "its agent is there but does not answer: look at its machine",
+        ErrorKind::NotPrepared => "its prepare comes first",
+        _ => return Problem::from(error).during(address),
+    };
+    let mut problem = Problem::from(error).during(address);
+    problem.message.push_str(&format!(
+        "; {what} wilco explain {} says more",
+        address.guest
+    ));
+    problem
 }
 
 fn payload(text: &str) -> Outcome<Box<RawValue>> {

@@ -11,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use comfy_table::{ContentArrangement, Table, presets};
+use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
 use serde::Serialize;
 use serde_json::json;
 
@@ -69,11 +69,15 @@ pub(super) fn can_draw() -> bool {
     io::stderr().is_terminal()
 }
 
+/// A line below the header and nothing else: a fleet has many rows.
+const LIGHT: TableStyle =
+    TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
+
 /// An empty table with these columns.
 pub(super) fn table(columns: &[&str]) -> Table {
     let mut table = Table::new();
     table
-        .load_style(presets::UTF8_HORIZONTAL_ONLY)
+        .load_style(LIGHT)
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_header(columns);
     table
@@ -83,7 +87,8 @@ pub(super) fn table(columns: &[&str]) -> Table {
 pub(super) fn took(duration: std::time::Duration) -> String {
     match duration.as_secs_f64() {
         s if s < 0.001 => format!("{:.0}us", s * 1e6),
-        s if s < 1.0 => format!("{:.1}ms", s * 1e3),
+        s if s < 0.01 => format!("{:.1}ms", s * 1e3),
+        s if s < 1.0 => format!("{:.0}ms", s * 1e3),
         s if s < 60.0 => format!("{s:.1}s"),
         _ => humantime::format_duration(std::time::Duration::from_secs(duration.as_secs()))
             .to_string(),

@@ -54,7 +54,9 @@ impl Progress {
         let changed = before != Some(record.state);
         match &mut self.view {
             View::Bars(bars) => {
-                bars.show(record);
+                if changed || !record.state.is_terminal() {
+                    bars.show(record);
+                }
                 bars.count(&self.states, self.total);
             }
             View::Lines if changed => output::log(described(record)),

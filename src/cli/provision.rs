@@ -4,7 +4,10 @@ use std::{process::ExitCode, sync::Arc, time::Duration, time::Instant};
 
 use serde_json::json;
 use tokio::{sync::Semaphore, sync::broadcast::error::RecvError, task::JoinSet};
-use wilco::{ErrorKind, GuestAddress, Incarnation, SendPolicy, State, Taskmanager};
+use wilco::{
+    Broker, ErrorKind, GuestAddress, Incarnation, SendPolicy, State, Taskmanager,
+    broker::QueueStatus,
+};
 
 use super::{
     args::{Global, Provision},
@@ -20,6 +23,9 @@ use super::{
 
 /// How long a guest may take to answer whether it is there already.
 const GLANCE: Duration = Duration::from_millis(500);
+
+/// How long the last reports may take to be settled before they are shown as left.
+const SETTLING: Duration = Duration::from_secs(2);
 
 pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Outcome {
     let fleet = fleet::read(&args.fleet)?;
@@ -63,11 +69,25 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
         }
         machines.power_off().await;
     }
-    let left = broker.list(patience()).await?;
+    let left = settled(&*broker).await?;
     summary::show(&rows, &left, start.elapsed(), output);
     run.taskmanager.close();
     broker.close(patience()).await?;
     Ok(exit_code(&rows, malformed))
+}
+
+/// What is on the broker once the last reports are settled: that takes a moment after the outcome.
+async fn settled(broker: &dyn Broker) -> wilco::Result<Vec<QueueStatus>> {
+    let end = Instant::now() + SETTLING;
+    loop {
+        let queues = broker.list(patience()).await?;
+        let reports =
+            |queue: &QueueStatus| !queue.name.is_commands() && queue.messages() > queue.dead;
+        if !queues.iter().any(reports) || Instant::now() > end {
+            return Ok(queues);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 fn ids(guests: &[Line]) -> Vec<wilco::GuestId> {

@@ -55,7 +55,7 @@ pub(super) fn show(rows: &[Row], left: &[QueueStatus], took: Duration, output: O
         .collect();
     let guests = if rows.len() == 1 { "guest" } else { "guests" };
     output.say(format_args!(
-        "{} {guests}: {}, in {}",
+        "\n{} {guests}: {}, in {}",
         rows.len(),
         counted.join(", "),
         output::took(took)
