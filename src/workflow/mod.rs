@@ -11,6 +11,13 @@ mod records;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod taskmanager;
+#[cfg(all(test, feature = "embedded"))]
+mod tests;
+
+/// Waits until a flag is set, or those who could set it are gone.
+async fn is_set(flag: &mut tokio::sync::watch::Receiver<bool>) {
+    let _ = flag.wait_for(|set| *set).await;
+}
 
 /// The name of a control plane that is given none.
 pub(crate) const DEFAULT_NAME: &str = "main";

@@ -11,7 +11,7 @@ use crate::{
     message::CommandId,
     names::GuestAddress,
     wire::{CommandResult, RemoteError, raw},
-    workflow::guest::book::Book,
+    workflow::{guest::book::Book, is_set},
 };
 
 /// One run of a handler.
@@ -65,9 +65,7 @@ impl Context {
     /// # Cancel safety
     /// Safe.
     pub async fn cancelled(&self) {
-        let mut cancelled = self.cancelled.clone();
-        // An error says that the agent is gone, which is the same.
-        let _ = cancelled.wait_for(|cancelled| *cancelled).await;
+        is_set(&mut self.cancelled.clone()).await;
     }
 }
 

@@ -35,7 +35,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     names::{GuestAddress, GuestId, Incarnation, QueueName},
     wire::{BootId, PREPARE, Phase, ReportEvent},
-    workflow::{backoff::Backoff, journal::Journal},
+    workflow::{backoff::Backoff, is_set, journal::Journal},
 };
 
 /// How long one attempt to attach may take.
@@ -262,7 +262,7 @@ impl Attach {
         let mut dismissed = guest.book.dismissed();
         tokio::select! {
             attached = guest.attach_queue(deadline) => attached?,
-            _ = dismissed.wait_for(|dismissed| *dismissed) => return Err(guest.revoked()),
+            () = is_set(&mut dismissed) => return Err(guest.revoked()),
         }
         Ok(guest)
     }

@@ -21,6 +21,7 @@ use crate::{
             book::Admission,
             context::{Context, Interrupted},
         },
+        is_set,
         journal::Entry,
     },
 };
@@ -56,7 +57,7 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
         let step = tokio::select! {
             biased;
             () = &mut shutdown => Step::Stop(Served::Stopped),
-            _ = dismissed.wait_for(|dismissed| *dismissed) => Step::Stop(Served::Revoked),
+            () = is_set(&mut dismissed) => Step::Stop(Served::Revoked),
             ended = ended(&mut running) => Step::Ended(ended),
             lost = &mut guest.lane_ended => Step::LaneLost(lost.ok()),
             delivery = next(&mut guest.consumer), if can_receive => Step::Received(delivery),
@@ -89,7 +90,7 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
                         stop(guest, running).await?;
                         return Ok(Served::Stopped);
                     }
-                    _ = dismissed.wait_for(|dismissed| *dismissed) => {}
+                    () = is_set(&mut dismissed) => {}
                     attached = guest.attach_queue(forever) => attached?,
                 }
             }

@@ -29,6 +29,7 @@ use crate::{
     wire,
     workflow::{
         ask::Asker,
+        is_set,
         machine::{self, Event},
         record::{Record, State, now_ms},
         records::Records,
@@ -347,7 +348,7 @@ impl Inner {
             let driver = Driver::new(inner.clone(), record, inbox, tell);
             tokio::select! {
                 () = driver.run() => {}
-                _ = closed.wait_for(|closed| *closed) => {}
+                () = is_set(&mut closed) => {}
             }
             lock(&inner.drivers).remove(&guest);
         });

@@ -10,6 +10,7 @@ use crate::{
     wire::{Report, ReportEvent},
     workflow::{
         backoff::Backoff,
+        is_set,
         record::Record,
         taskmanager::{Inner, OPERATION, driver::Signal, may_serve},
     },
@@ -66,7 +67,7 @@ impl Collector {
         loop {
             let received = tokio::select! {
                 biased;
-                _ = closed.wait_for(|closed| *closed) => break,
+                () = is_set(&mut closed) => break,
                 received = self.receive() => received,
             };
             match received {
