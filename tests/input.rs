@@ -170,35 +170,55 @@ fn what_is_not_there_has_its_own_code() {
 }
 
 #[test]
-fn a_full_disk_is_said_and_harms_nothing_that_is_stored() {
+fn a_disk_that_is_full_at_the_start_is_said_and_is_no_harm_once_there_is_room() {
     let script = r#"
-        set -e
         mount -t tmpfs -o size=4m none disk
-        cd disk
+        export WILCO_BROKER=sqlite:disk/wilco.db
         "$WILCO" doctor >/dev/null
-        dd if=/dev/zero of=filler bs=4k 2>/dev/null || true
-        set +e
-        "$WILCO" provision ../fleet.jsonl --spawn ../machine --records ../r.db; echo "full: $?"
-        rm filler
-        "$WILCO" provision ../fleet.jsonl --spawn ../machine --records ../r.db --again; echo "free: $?"
+        dd if=/dev/zero of=disk/filler bs=4k 2>/dev/null
+        "$WILCO" provision fleet.jsonl --spawn ./machine; echo "full: $?"
+        rm disk/filler
+        "$WILCO" provision fleet.jsonl --spawn ./machine; echo "free: $?"
     "#;
-    let Some(place) = in_a_namespace("a full disk", script) else {
+    let Some(place) = in_a_namespace("a disk full at the start", script) else {
         return;
     };
-    let output = place.read("out");
-    assert!(
-        output.contains("free: 0"),
-        "{output}\n{}",
-        place.read("err")
-    );
-    assert!(
-        !output.contains("full: 0"),
-        "{output}\n{}",
-        place.read("err")
-    );
-    let error = place.read("err");
-    assert!(error.contains("full") || error.contains("I/O"), "{error}");
+    let (output, error) = (place.read("out"), place.read("err"));
+    assert!(output.contains("full: 10"), "{output}\n{error}");
+    assert!(output.contains("free: 0"), "{output}\n{error}");
     assert!(!error.contains("panicked"), "{error}");
+    let said = error.lines().filter(|line| line.starts_with("wilco: "));
+    assert_eq!(said.count(), 1, "{error}");
+}
+
+#[test]
+fn a_disk_that_fills_up_under_way_loses_nothing() {
+    let script = r#"
+        mount -t tmpfs -o size=4m none disk
+        export WILCO_BROKER=sqlite:disk/wilco.db HOLD="$PWD/hold"
+        touch hold
+        "$WILCO" provision queued.jsonl --spawn ./held --json >events &
+        provision=$!
+        until [ "$(grep -c '"sent"' events)" = 3 ]; do sleep 0.1; done
+        dd if=/dev/zero of=disk/filler bs=4k 2>/dev/null
+        rm hold
+        sleep 2
+        "$WILCO" status >/dev/null; echo "status: $?"
+        rm disk/filler
+        wait "$provision"; echo "provision: $?"
+    "#;
+    let Some(place) = in_a_namespace("a disk that fills up", script) else {
+        return;
+    };
+    let (output, error) = (place.read("out"), place.read("err"));
+    assert!(output.contains("status: 0"), "{output}\n{error}");
+    assert!(output.contains("provision: 0"), "{output}\n{error}");
+    let succeeded = "\"outcome\":\"succeeded\"";
+    assert_eq!(
+        place.read("events").matches(succeeded).count(),
+        3,
+        "{output}\n{error}"
+    );
 }
 
 #[test]
@@ -231,6 +251,15 @@ fn in_a_namespace(what: &str, script: &str) -> Option<Place> {
     let place = Place::new();
     place.script("machine", MACHINE);
     place.file("fleet.jsonl", "{\"id\":\"a\",\"prepare\":1}");
+    place.script(
+        "held",
+        &format!("while [ -e \"$HOLD\" ]; do sleep 0.1; done\n{MACHINE}"),
+    );
+    let payload = "x".repeat(20_000);
+    let line = |id| {
+        format!("{{\"id\":\"{id}\",\"prepare\":\"{payload}\",\"policy\":\"enqueue_first\"}}\n")
+    };
+    place.file("queued.jsonl", ["a", "b", "c"].map(line).concat());
     fs::create_dir(place.path().join("disk")).unwrap();
     let script = place.script("script", script);
     let unshare = |program: &Path| {

@@ -76,6 +76,9 @@ pub(super) enum Command {
 /// Only id and prepare are needed. A malformed line is reported with its line and column and harms no
 /// other. Everything is recorded before it is done: after Ctrl-C or a crash the same command goes on
 /// where it was, and guests with a recorded outcome are only shown.
+///
+/// With --json each line has an event: malformed, state (a transition), and at the end for each guest
+/// outcome or problem, and one summary.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -109,8 +112,10 @@ pub(super) struct Provision {
 /// JSON or as text, the result (at most 256 KiB). Anything else is a failure, and the end of its stderr
 /// the reason.
 ///
-/// SIGTERM and SIGINT end the guest gracefully. If the guest is killed while the program runs, a
-/// prepare is not run again unless --on-interrupt run-again says that the program can bear it.
+/// SIGTERM and SIGINT end the guest gracefully: a program that runs gets 30 s to end, and is killed then.
+/// A command whose program did not end, because it was killed or the guest or its machine was, is not
+/// run again but reported as failed, unless --on-interrupt run-again says that the program can bear it.
+/// If the guest alone is killed, its program goes on without it.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -91,9 +91,9 @@ pub(super) async fn cast(global: &Global, args: Cast, output: Output) -> Outcome
 /// The error, and what can be done where that is not plain.
 fn hint(error: Error, address: &GuestAddress) -> Problem {
     let what = match error.kind() {
-        ErrorKind::NoConsumer => "is its agent running, on this broker, with this incarnation?",
-        ErrorKind::ConsumerSilent => "its agent is there but does not answer: look at its machine",
-        ErrorKind::NotPrepared => "its prepare comes first",
+        ErrorKind::NoConsumer => "is its agent running, on this broker, as this incarnation?",
+        ErrorKind::ConsumerSilent => "its agent is there but does not answer: look at its machine.",
+        ErrorKind::NotPrepared => "wait for it.",
         _ => return Problem::from(error).during(address),
     };
     let mut problem = Problem::from(error).during(address);

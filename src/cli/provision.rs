@@ -59,7 +59,7 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
     let (order, malformed) = (ids(&fleet.guests), fleet.malformed.len());
     let rows = tokio::select! {
         rows = run.all(fleet.guests, output) => rows,
-        () = interrupted() => return Err(run.stop(&args).await),
+        () = interrupted() => return Err(run.stop().await),
     };
     let mut rows = rows;
     rows.sort_by_key(|row| order.iter().position(|id| *id == row.address.guest));
@@ -251,22 +251,21 @@ impl Run {
     }
 
     /// Ctrl-C: nothing is lost, and this says so.
-    async fn stop(&self, args: &Provision) -> Problem {
+    async fn stop(&self) -> Problem {
         if let Some(machines) = &self.machines {
             output::note("stopping; powering off the machines that were started here");
             machines.power_off().await;
         }
         self.taskmanager.close();
+        // Those that failed in this run are not to be tried again by going on.
+        let typed = std::env::args()
+            .skip(1)
+            .filter(|argument| argument != "--again");
         Problem::new(
             Exit::Interrupted,
             format!(
-                "stopped. Everything is recorded: the same command goes on where this one was\n  \
-                 wilco provision {}{}",
-                args.fleet.display(),
-                args.spawn
-                    .as_ref()
-                    .map(|program| format!(" --spawn {}", program.display()))
-                    .unwrap_or_default()
+                "stopped. Everything is recorded; this goes on where it was:\n  wilco {}",
+                typed.collect::<Vec<_>>().join(" ")
             ),
         )
     }
