@@ -70,12 +70,6 @@ impl Failure {
         }
     }
 
-    /// What is known of the changes that were in the transaction.
-    #[cfg_attr(not(feature = "embedded"), allow(dead_code))]
-    pub(crate) fn outcome(&self) -> Outcome {
-        self.outcome
-    }
-
     /// The error for one of those who had a part.
     pub(crate) fn error(&self) -> Error {
         Error::new(self.kind.clone(), self.message.clone()).with_outcome(self.outcome)

@@ -17,7 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use super::{
     Location, SyncLevel,
     failure::{self, Failure},
-    open::Sync,
+    open::{Held, Sync},
 };
 use crate::{
     deadline::Deadline,
@@ -131,6 +131,7 @@ impl Lane {
         begin: &'static str,
         connection: Connection,
         location: &Location,
+        held: Option<Arc<Held>>,
         sync: Sync,
     ) -> Result<Arc<Self>> {
         let lane = Arc::new(Self {
@@ -160,6 +161,7 @@ impl Lane {
                 }
                 // The last connection to leave puts everything into the file itself.
                 drop(thread);
+                drop(held);
                 lane.ended.send_replace(true);
             })?;
         Ok(lane)
@@ -176,17 +178,8 @@ impl Lane {
             .await
             .map_err(|error| error.with_outcome(Outcome::NotStored))?
             .map_err(|_| Failure::closed().error())?;
-        let (reply, answer) = oneshot::channel();
-        let ticket = Ticket::default();
-        let call = Call {
-            op: Some(op),
-            result: None,
-            ticket: ticket.clone(),
-            reply,
-            _room: room,
-        };
-        self.push(Box::new(call))
-            .map_err(|_| Failure::closed().error())?;
+        let (call, ticket, answer) = Call::boxed(op, Some(room));
+        self.push(call).map_err(|_| Failure::closed().error())?;
         ticket.answer(deadline, answer).await
     }
 
@@ -341,12 +334,36 @@ pub(super) fn pause() {
     thread::sleep(Duration::from_micros(200 + noise * 7));
 }
 
-struct Call<T, F> {
+/// A closure as an operation, its failure taken back alone.
+pub(crate) struct Call<T, F> {
     op: Option<F>,
     result: Option<Result<T>>,
     ticket: Ticket,
     reply: oneshot::Sender<Result<T>>,
-    _room: OwnedSemaphorePermit,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+impl<T, F> Call<T, F>
+where
+    T: Send + 'static,
+    F: FnOnce(&Connection) -> Result<T> + Send + 'static,
+{
+    /// The operation, and what its caller waits with.
+    pub(crate) fn boxed(
+        op: F,
+        room: Option<OwnedSemaphorePermit>,
+    ) -> (Box<dyn Op>, Ticket, oneshot::Receiver<Result<T>>) {
+        let (reply, answer) = oneshot::channel();
+        let ticket = Ticket::default();
+        let call = Self {
+            op: Some(op),
+            result: None,
+            ticket: ticket.clone(),
+            reply,
+            _room: room,
+        };
+        (Box::new(call), ticket, answer)
+    }
 }
 
 impl<T, F> Op for Call<T, F>

@@ -13,13 +13,13 @@ use std::{fmt, path::PathBuf, sync::Arc};
 
 use rusqlite::Connection;
 
-pub(crate) use self::{
-    failure::Failure,
-    lane::{Fate, Op, Ticket, alone},
-};
 use self::{
     lane::Lane,
     open::{Opened, Sync},
+};
+pub(crate) use self::{
+    lane::{Call, Fate, Op, Ticket, alone},
+    open::{FileKey, file_key},
 };
 use crate::{deadline::Deadline, error::Result};
 
@@ -69,6 +69,7 @@ struct Inner {
     /// None in memory, where the writer's connection is the only one there can be.
     reader: Option<Arc<Lane>>,
     location: Location,
+    file: Option<FileKey>,
 }
 
 impl Store {
@@ -77,6 +78,7 @@ impl Store {
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io), [`ForeignFile`](crate::ErrorKind::ForeignFile): the file is
     /// unchanged then.
+    #[cfg_attr(feature = "embedded", allow(dead_code))]
     pub(crate) async fn open(location: Location, schema: &'static Schema) -> Result<Self> {
         Self::open_with(location, schema, SyncLevel::Full).await
     }
@@ -102,19 +104,28 @@ impl Store {
             location,
             writer,
             reader,
+            held,
         } = opened;
         let writer = Lane::start(
             "wilco-write",
             "BEGIN IMMEDIATE",
             writer,
             &location,
+            held.clone(),
             Sync(sync),
         )?;
         let reader = reader
             .map(|reader| {
                 // The SELECT takes the snapshot, so that what follows is never refused as busy.
                 let begin = "BEGIN; SELECT 1 FROM sqlite_schema LIMIT 1";
-                Lane::start("wilco-read", begin, reader, &location, Sync(sync))
+                Lane::start(
+                    "wilco-read",
+                    begin,
+                    reader,
+                    &location,
+                    held.clone(),
+                    Sync(sync),
+                )
             })
             .transpose()
             .inspect_err(|_| writer.shut())?;
@@ -122,6 +133,7 @@ impl Store {
             writer,
             reader,
             location,
+            file: held.map(|held| held.0),
         };
         Ok(Self {
             inner: Arc::new(inner),
@@ -137,6 +149,7 @@ impl Store {
     ///
     /// # Cancel safety
     /// Dropped before the writer began with it, `op` never runs; later, it may be committed.
+    #[cfg_attr(feature = "embedded", allow(dead_code))]
     pub(crate) async fn write<T: Send + 'static>(
         &self,
         deadline: Deadline,
@@ -174,6 +187,12 @@ impl Store {
         }
         inner.writer.shut();
         deadline.bound(inner.writer.ended()).await
+    }
+
+    /// Which file it is; None in memory.
+    #[cfg_attr(not(feature = "embedded"), allow(dead_code))]
+    pub(crate) fn file(&self) -> Option<FileKey> {
+        self.inner.file
     }
 
     /// Where the database is, its path made absolute.

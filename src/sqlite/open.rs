@@ -3,7 +3,9 @@
 use std::{
     fs, io,
     io::Read as _,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -22,6 +24,39 @@ pub(super) struct Opened {
     pub(super) location: Location,
     pub(super) writer: Connection,
     pub(super) reader: Option<Connection>,
+    /// None in memory.
+    pub(super) held: Option<Arc<Held>>,
+}
+
+/// Which file, whatever path leads to it: device and inode.
+pub(crate) type FileKey = (u64, u64);
+
+/// The files that this process has open. SQLite's locks are the process's, and closing *any* handle
+/// to the file drops them all: so nothing but SQLite may open a file that is listed here, and one who
+/// looks into a file that is not keeps this locked meanwhile.
+static OPEN: Mutex<Vec<FileKey>> = Mutex::new(Vec::new());
+
+fn open_files() -> MutexGuard<'static, Vec<FileKey>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An entry in the list of open files; to be dropped after the connections.
+#[derive(Debug)]
+pub(super) struct Held(pub(super) FileKey);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut open = open_files();
+        if let Some(at) = open.iter().position(|key| *key == self.0) {
+            open.swap_remove(at);
+        }
+    }
+}
+
+/// The key of the file at this path, without opening it.
+pub(crate) fn file_key(path: &Path) -> io::Result<FileKey> {
+    use std::os::unix::fs::MetadataExt as _;
+    fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// The level as SQLite's pragma takes it.
@@ -47,6 +82,7 @@ pub(super) fn memory(schema: &Schema) -> Result<Opened> {
         location: Location::Memory,
         writer,
         reader: None,
+        held: None,
     })
 }
 
@@ -61,7 +97,14 @@ pub(super) fn file(path: PathBuf, schema: &Schema, sync: SyncLevel) -> Result<Op
 }
 
 fn open_file(path: &Path, shown: &str, schema: &Schema, sync: SyncLevel) -> Result<Opened> {
-    make_or_look(path, shown, schema)?;
+    let mut open = open_files();
+    if !file_key(path).is_ok_and(|key| open.contains(&key)) {
+        make_or_look(path, shown, schema)?;
+    }
+    let key = file_key(path)?;
+    open.push(key);
+    drop(open);
+    let held = Arc::new(Held(key));
     let writer = connect(path)?;
     if writer.is_readonly("main")? {
         return Err(io_error(format!(
@@ -91,6 +134,7 @@ fn open_file(path: &Path, shown: &str, schema: &Schema, sync: SyncLevel) -> Resu
         location: Location::File(path.to_owned()),
         writer,
         reader: Some(reader),
+        held: Some(held),
     })
 }
 
@@ -135,12 +179,8 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 fn make_or_look(path: &Path, shown: &str, schema: &Schema) -> Result<()> {
     let mut options = fs::OpenOptions::new();
     options.read(true).write(true).create_new(true);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::OpenOptionsExt as _;
-        // Commands can carry secrets: others never read them. The group does as far as umask lets it.
-        options.mode(0o660);
-    }
+    // Commands can carry secrets: others never read them. The group does as far as umask lets it.
+    options.mode(0o660);
     match options.open(path) {
         Ok(_) => return Ok(()),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
