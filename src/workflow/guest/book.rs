@@ -195,6 +195,8 @@ struct Keeper {
 impl Keeper {
     async fn run(mut self, mut inbox: mpsc::Receiver<Op>) {
         while let Some(op) = inbox.recv().await {
+            // A question changes nothing: telling of it would wake the one who asked, to ask again.
+            let question = matches!(op, Op::NextReport(_) | Op::Status(..) | Op::Interrupted(_));
             // An asker that is gone does not mind: what was decided is in the journal.
             match op {
                 Op::Accept(command, to) => _ = to.send(self.accept(&command).await),
@@ -214,7 +216,9 @@ impl Keeper {
                 Op::Reported(to) => _ = to.send(self.reported().await),
                 Op::Interrupted(to) => _ = to.send(Ok(self.interrupted())),
             }
-            self.shared.changes.send_modify(|count| *count += 1);
+            if !question {
+                self.shared.changes.send_modify(|count| *count += 1);
+            }
         }
     }
 
