@@ -741,6 +741,11 @@ async fn r1_r4_a_busy_guest_answers_and_says_what_it_does() {
         (Phase::Busy, "prepare", "running")
     );
     guest.kill().await;
+    // The tasks of a guest that is dropped end with it, but not before the drop returns.
+    let started = Instant::now();
+    while let Ok(pong) = world.taskmanager.guest("vm").ping(secs(5)).await {
+        assert!(started.elapsed() < PATIENCE, "{pong:?}");
+    }
     let error = world
         .taskmanager
         .guest("vm")
