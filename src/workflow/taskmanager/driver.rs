@@ -377,6 +377,7 @@ impl Driver {
             tracing::info!(guest = %next.address, state = %next.state, "provisioning");
             let record = Arc::new(next.clone());
             self.tell.send_modify(|progress| progress.record = record);
+            self.inner.announce(&next);
         }
         self.record = next;
         Ok(())

@@ -292,6 +292,7 @@ impl Taskmanager {
         self.inner.fence(&record.address).await?;
         if machine::apply(&mut record, Event::Deleted, now_ms()) {
             self.inner.save(&mut record).await?;
+            self.inner.announce(&record);
         }
         Ok(())
     }
@@ -327,10 +328,12 @@ impl Inner {
         lock(&self.drivers).get(guest).cloned()
     }
 
-    /// Starts to drive a record that is saved, unless its guest is driven already.
+    /// Starts to drive a record that is saved, unless it is driven already.
     fn drive(self: &Arc<Self>, record: Record) -> Driven {
         let mut drivers = lock(&self.drivers);
-        if let Some(driven) = drivers.get(&record.address.guest) {
+        if let Some(driven) = drivers.get(&record.address.guest)
+            && driven.progress.borrow().record.address == record.address
+        {
             return driven.clone();
         }
         let guest = record.address.guest.clone();
@@ -344,27 +347,39 @@ impl Inner {
         drivers.insert(guest.clone(), driven.clone());
         drop(drivers);
         let (inner, mut closed) = (self.clone(), self.closed.subscribe());
+        let signals = driven.signals.clone();
         tokio::spawn(async move {
             let driver = Driver::new(inner.clone(), record, inbox, tell);
             tokio::select! {
                 () = driver.run() => {}
                 () = is_set(&mut closed) => {}
             }
-            lock(&inner.drivers).remove(&guest);
+            let mut drivers = lock(&inner.drivers);
+            // Its next incarnation may be driven by now.
+            if drivers
+                .get(&guest)
+                .is_some_and(|driven| driven.signals.same_channel(&signals))
+            {
+                drivers.remove(&guest);
+            }
         });
         driven
     }
 
-    /// Saves a record and tells those who watch. The record's revision counts up only if it is saved.
+    /// Saves a record. Its revision counts up only if it is saved.
     async fn save(&self, record: &mut Record) -> Result<()> {
         record.revision += 1;
-        if let Err(error) = self.records.save(record).await {
+        let saved = self.records.save(record).await;
+        if saved.is_err() {
             record.revision -= 1;
-            return Err(error);
         }
+        saved
+    }
+
+    /// Tells those who watch what was saved.
+    fn announce(&self, record: &Record) {
         // Nobody has to watch.
         let _ = self.transitions.send(Arc::new(record.clone()));
-        Ok(())
     }
 
     /// Takes a machine's queue away, with all that is in it, and tells a guest that is still there.

@@ -137,6 +137,7 @@ impl Provision {
             );
             match inner.save(&mut record).await {
                 Ok(()) => {
+                    inner.announce(&record);
                     let driven = inner.drive(record.clone());
                     return Ok((record, Some(driven)));
                 }
