@@ -132,17 +132,18 @@ pub async fn r5_each_caller_gets_its_own_answer(cx: &Cx) -> CheckResult {
 
 /// A reply that comes after its asker gave up is dropped; the next asker gets its own.
 pub async fn r5_a_late_reply_reaches_nobody(cx: &Cx) -> CheckResult {
-    const TIMES: usize = 30;
+    const TIMES: usize = 20;
     let handles = handles(cx, 2).await?;
     let lane = guest("r5-late")?;
     let mut responder = attach_lane(&*handles[1], &lane).await?;
     for n in 0..TIMES {
-        let short = Deadline::after(Duration::from_millis(20));
-        let silent = handles[0]
-            .request(&lane, format!("late {n}").into(), short)
-            .await;
+        let short = Deadline::after(Duration::from_millis(100));
+        let (silent, late) = tokio::join!(
+            handles[0].request(&lane, format!("late {n}").into(), short),
+            asked(&mut *responder)
+        );
         must_be("an unanswered request", silent, &ErrorKind::ConsumerSilent)?;
-        let late = asked(&mut *responder).await?;
+        let late = late?;
         let asking = handles[0].request(&lane, format!("now {n}").into(), long());
         let serving = async {
             let now = asked(&mut *responder).await?;

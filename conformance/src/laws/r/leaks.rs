@@ -98,7 +98,7 @@ pub async fn r9_pings_never_touch_the_durable_queue(cx: &Cx) -> CheckResult {
     }
     let mut responder = attach_lane(&*handles[1], &lane).await?;
     for n in 0..PINGS {
-        let limit = Deadline::after(Duration::from_millis(if n % 5 == 0 { 10 } else { 20_000 }));
+        let limit = Deadline::after(Duration::from_millis(if n % 5 == 0 { 100 } else { 20_000 }));
         let answered = tokio::join!(handles[0].request(&lane, "x".into(), limit), async {
             let asked = asked(&mut *responder).await?;
             if n % 5 != 0 {
