@@ -14,7 +14,11 @@ use crate::error::{Error, ErrorKind, Result};
 /// | `memory:` | embedded, in this process alone, new at each connect |
 /// | `memory:name` | embedded, one for all in this process who use the name |
 ///
-/// Options follow as `?name=value&…`; each backend names those that it knows.
+/// Options follow as `?name=value&…`; each backend names those that it knows:
+///
+/// | scheme | option | value |
+/// | --- | --- | --- |
+/// | `sqlite` | `sync` | `full` (the default): synced to disk before Ok, survives a power cut. `normal`, `off`: survives a kill of the process alone |
 #[derive(Clone)]
 pub struct BrokerUrl {
     url: Url,

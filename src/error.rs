@@ -142,6 +142,14 @@ impl Error {
         self
     }
 
+    /// Takes away what is known about a message, where the operation was not about one.
+    #[cfg(feature = "sqlite")]
+    #[must_use]
+    pub(crate) fn without_outcome(mut self) -> Self {
+        self.0.outcome = None;
+        self
+    }
+
     /// Adds the operation that failed, such as `publish`.
     #[must_use]
     pub fn with_operation(mut self, operation: &'static str) -> Self {

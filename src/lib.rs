@@ -15,6 +15,8 @@ pub mod durability;
 mod error;
 pub mod message;
 pub mod names;
+#[cfg(feature = "sqlite")]
+mod sqlite;
 
 pub use broker::Broker;
 pub use broker_url::BrokerUrl;

@@ -1,0 +1,509 @@
+//! Publishing and settling: the work that comes often, and is done together.
+//!
+//! Tasks put what they want into an inbox. The writer empties it into one transaction, where a queue's
+//! counters are read once and written once, however many messages there are.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use rusqlite::{Connection, OptionalExtension as _, params};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use super::{
+    MAX_BODY_BYTES, closed,
+    connection::{Core, Session, lock},
+    consume::{self, Hold, Lost},
+    no_queue,
+};
+use crate::{
+    broker::{Receipt, Settlement},
+    deadline::Deadline,
+    error::{Error, ErrorKind, Outcome, Result},
+    message::Message,
+    names::QueueName,
+    sqlite::{Fate, Op, Ticket},
+};
+
+/// The most publishes and settlements that wait inside; more wait outside, up to their deadlines.
+const WAITING: usize = 4096;
+
+/// How many places one queue has: the rest of a row's number is the queue's id.
+pub(super) const PLACE_BITS: u32 = 36;
+
+pub(super) async fn publish(
+    session: &Session,
+    queue: &QueueName,
+    message: Message,
+    deadline: Deadline,
+) -> Result<Receipt> {
+    let core = session.open()?;
+    if message.body.len() > MAX_BODY_BYTES {
+        let limit = MAX_BODY_BYTES as u64;
+        return Err(Error::new(
+            ErrorKind::TooLarge { limit },
+            format!(
+                "the body has {} bytes, and at most {limit} are taken",
+                message.body.len()
+            ),
+        ));
+    }
+    let headers = (!message.headers.is_empty())
+        .then(|| serde_json::to_string(&message.headers))
+        .transpose()
+        .map_err(|error| Error::new(ErrorKind::Internal, format!("headers: {error}")))?;
+    let room = core.inbox.room(deadline).await?;
+    let (reply, answer) = oneshot::channel();
+    let ticket = Ticket::default();
+    core.hand_in(Item::Publish(Publish {
+        queue: queue.clone(),
+        message,
+        headers,
+        ticket: ticket.clone(),
+        result: None,
+        reply,
+        _room: room,
+    }))?;
+    ticket.answer(deadline, answer).await
+}
+
+/// What waits for the writer.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    waiting: Mutex<Waiting>,
+    room: Arc<Semaphore>,
+    /// Items that nobody waits for, and that are not committed yet.
+    loose: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    items: Vec<Item>,
+    /// Whether the writer will come for them.
+    called: bool,
+}
+
+impl Default for Inbox {
+    fn default() -> Self {
+        Self {
+            waiting: Mutex::default(),
+            room: Arc::new(Semaphore::new(WAITING)),
+            loose: AtomicUsize::new(0),
+        }
+    }
+}
+
+impl Inbox {
+    pub(super) async fn room(&self, deadline: Deadline) -> Result<OwnedSemaphorePermit> {
+        let room = Arc::clone(&self.room);
+        if let Ok(permit) = Arc::clone(&room).try_acquire_owned() {
+            return Ok(permit);
+        }
+        deadline
+            .bound(room.acquire_owned())
+            .await
+            .map_err(|error| error.with_outcome(Outcome::NotStored))?
+            .map_err(|_| closed())
+    }
+
+    /// Whether something that nobody waits for, such as a dropped delivery, is under way.
+    pub(super) fn has_loose(&self) -> bool {
+        self.loose.load(Ordering::Acquire) > 0
+    }
+
+    fn is_empty(&self) -> bool {
+        lock(&self.waiting).items.is_empty()
+    }
+}
+
+#[derive(Debug)]
+pub(super) enum Item {
+    Publish(Publish),
+    Settle(Settle),
+    /// A delivery that was dropped: it goes back, and nobody waits.
+    Return(consume::Held),
+    /// A consumer that was dropped: what it only buffered goes back.
+    Detach(Arc<Hold>),
+    /// A handle that was closed: all that its consumer holds goes back.
+    Release(Arc<Hold>),
+}
+
+impl Item {
+    fn is_loose(&self) -> bool {
+        matches!(self, Self::Return(_) | Self::Detach(_) | Self::Release(_))
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Publish {
+    queue: QueueName,
+    message: Message,
+    headers: Option<String>,
+    ticket: Ticket,
+    result: Option<Result<Receipt>>,
+    reply: oneshot::Sender<Result<Receipt>>,
+    _room: OwnedSemaphorePermit,
+}
+
+#[derive(Debug)]
+pub(super) struct Settle {
+    pub(super) held: consume::Held,
+    pub(super) settlement: Settlement,
+    pub(super) ticket: Ticket,
+    pub(super) result: Option<Result<()>>,
+    pub(super) reply: oneshot::Sender<Result<()>>,
+    pub(super) _room: OwnedSemaphorePermit,
+}
+
+impl Core {
+    /// Puts an item into the inbox; calls the writer if nobody has.
+    pub(super) fn hand_in(self: &Arc<Self>, item: Item) -> Result<()> {
+        if item.is_loose() {
+            self.inbox.loose.fetch_add(1, Ordering::AcqRel);
+        }
+        let mut waiting = lock(&self.inbox.waiting);
+        waiting.items.push(item);
+        let call = !std::mem::replace(&mut waiting.called, true);
+        drop(waiting);
+        if call {
+            self.call_writer(None, true)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Has the writer do this operation, after the inbox.
+    pub(super) fn after_inbox(self: &Arc<Self>, op: Box<dyn Op>, synced: bool) -> Result<()> {
+        self.call_writer(Some(op), synced)
+    }
+
+    fn call_writer(self: &Arc<Self>, then: Option<Box<dyn Op>>, synced: bool) -> Result<()> {
+        let round = Round {
+            core: Arc::clone(self),
+            items: Vec::new(),
+            then,
+            synced,
+            books: Books::default(),
+        };
+        self.store.submit(Box::new(round)).map_err(|_| {
+            // What is in the inbox is told by its senders being dropped: outside of the lock.
+            let gone = std::mem::take(&mut lock(&self.inbox.waiting).items);
+            drop(gone);
+            closed()
+        })
+    }
+}
+
+/// One emptying of the inbox, and perhaps one operation more.
+struct Round {
+    core: Arc<Core>,
+    items: Vec<Item>,
+    then: Option<Box<dyn Op>>,
+    /// Whether the operation has to be synced. What is in the inbox always has.
+    synced: bool,
+    books: Books,
+}
+
+impl Op for Round {
+    fn needs_sync(&self) -> bool {
+        self.synced || !self.core.inbox.is_empty()
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.then.as_ref().is_none_or(|op| op.is_wanted())
+            || lock(&self.core.inbox.waiting)
+                .items
+                .iter()
+                .any(|item| match item {
+                    Item::Publish(publish) => publish.ticket.is_wanted(),
+                    _ => true,
+                })
+    }
+
+    fn run(&mut self, transaction: &Connection, synced: bool) {
+        if synced {
+            let mut waiting = lock(&self.core.inbox.waiting);
+            self.items = std::mem::take(&mut waiting.items);
+            waiting.called = false;
+        }
+        let done = self.do_items(transaction).and_then(|()| {
+            self.books.write(transaction)?;
+            Ok(())
+        });
+        if let Err(error) = done {
+            // Half an item may be done. This is for a disk that fails, so nobody's share is saved.
+            tracing::error!(%error, "a transaction is rolled back");
+            if !transaction.is_autocommit() {
+                let _ = transaction.execute_batch("ROLLBACK");
+            }
+            return;
+        }
+        if let Some(op) = &mut self.then {
+            op.run(transaction, synced);
+        }
+    }
+
+    fn finish(self: Box<Self>, fate: Fate<'_>) {
+        let Self {
+            core,
+            items,
+            then,
+            books,
+            ..
+        } = *self;
+        if matches!(fate, Fate::Committed) {
+            for (queue, token) in books.to_wake() {
+                core.wake(queue, token);
+            }
+        }
+        for item in items {
+            if item.is_loose() {
+                core.inbox.loose.fetch_sub(1, Ordering::AcqRel);
+            }
+            match item {
+                Item::Publish(publish) => {
+                    // The caller may have given up.
+                    let _ = publish.reply.send(answer(publish.result, fate));
+                }
+                Item::Settle(settle) => {
+                    let again = !matches!(settle.settlement, Settlement::Ack);
+                    let answer = answer(settle.result, fate);
+                    if again && answer.is_ok() {
+                        settle.held.hold.expect_returned();
+                    }
+                    let _ = settle.reply.send(answer);
+                }
+                Item::Return(held) => held.hold.expect_returned(),
+                Item::Detach(_) => {}
+                Item::Release(hold) => hold.let_go(),
+            }
+        }
+        if let Some(op) = then {
+            op.finish(fate);
+        }
+    }
+}
+
+fn answer<T>(result: Option<Result<T>>, fate: Fate<'_>) -> Result<T> {
+    match (result, fate) {
+        (Some(Err(error)), _) => Err(error.with_outcome(Outcome::NotStored)),
+        (_, Fate::Lost(failure)) => Err(failure.error()),
+        (Some(Ok(value)), Fate::Committed) => Ok(value),
+        // It had been given up: nobody listens.
+        (None, Fate::Committed) => Err(Error::new(ErrorKind::DeadlineExceeded, "given up")),
+    }
+}
+
+impl Round {
+    /// An error here means that an item is half done.
+    fn do_items(&mut self, transaction: &Connection) -> Result<()> {
+        if self.items.is_empty() {
+            return Ok(());
+        }
+        let Self { items, books, .. } = self;
+        let mut insert = transaction.prepare_cached(
+            "INSERT INTO messages(seq, queue, id, kind, content_type, headers, sender, body)
+             VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8) ON CONFLICT(queue, id) DO NOTHING",
+        )?;
+        for item in items.iter_mut() {
+            match item {
+                Item::Publish(publish) => {
+                    if publish.ticket.start() {
+                        let stored = store(transaction, books, &mut insert, publish);
+                        if stored.is_err() && transaction.is_autocommit() {
+                            return stored.map(|_| ());
+                        }
+                        publish.result = Some(stored);
+                    }
+                }
+                Item::Settle(settle) => {
+                    if settle.ticket.start() {
+                        let Settle {
+                            held, settlement, ..
+                        } = settle;
+                        settle.result = Some(
+                            match consume::settle(transaction, books, held, settlement)? {
+                                Ok(()) => Ok(()),
+                                Err(lost) => Err(lost.error()),
+                            },
+                        );
+                    }
+                }
+                Item::Return(held) => {
+                    let back = Settlement::Retry(std::time::Duration::ZERO);
+                    let _: std::result::Result<(), Lost> =
+                        consume::settle(transaction, books, held, &back)?;
+                }
+                Item::Detach(hold) => consume::detach(transaction, books, hold)?,
+                Item::Release(hold) => consume::release(transaction, books, hold)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn store(
+    transaction: &Connection,
+    books: &mut Books,
+    insert: &mut rusqlite::CachedStatement<'_>,
+    publish: &Publish,
+) -> Result<Receipt> {
+    let Publish {
+        queue,
+        message,
+        headers,
+        ..
+    } = publish;
+    let book = books.of(transaction, queue)?.ok_or_else(no_queue)?;
+    if book.is_full() {
+        // Full for what is new (law Q12), not for what is here already (law P3).
+        let there = transaction
+            .prepare_cached("SELECT 1 FROM messages WHERE queue = ?1 AND id = ?2")?
+            .exists(params![book.id, message.id.as_str()])?;
+        if there {
+            return Ok(Receipt::new(true));
+        }
+        return Err(Error::new(
+            ErrorKind::BrokerRefused,
+            format!(
+                "the queue is full: it holds {} messages, and was made for no more",
+                book.held
+            ),
+        ));
+    }
+    let content_type = message.content_type.as_str();
+    let stored = insert.execute(params![
+        book.place()?,
+        book.id,
+        message.id.as_str(),
+        message.kind.as_str(),
+        (content_type != consume::JSON).then_some(content_type),
+        headers,
+        message.from.as_ref().map(QueueName::as_str),
+        message.body.as_ref(),
+    ])?;
+    if stored == 1 {
+        book.take_place();
+        book.held += 1;
+        book.wake = true;
+    }
+    Ok(Receipt::new(stored == 0))
+}
+
+/// The counters of the queues that a transaction touches: read once, written once.
+#[derive(Debug, Default)]
+pub(super) struct Books(HashMap<QueueName, Option<Book>>);
+
+#[derive(Debug)]
+pub(super) struct Book {
+    pub(super) id: i64,
+    pub(super) delivery_limit: i64,
+    max_messages: Option<i64>,
+    next: i64,
+    pub(super) held: i64,
+    pub(super) dead: i64,
+    pub(super) consumer: Option<i64>,
+    changed: bool,
+    pub(super) wake: bool,
+}
+
+impl Books {
+    /// None if there is no such queue.
+    pub(super) fn of(
+        &mut self,
+        transaction: &Connection,
+        queue: &QueueName,
+    ) -> Result<Option<&mut Book>> {
+        if !self.0.contains_key(queue) {
+            let book = Book::read(transaction, queue)?;
+            self.0.insert(queue.clone(), book);
+        }
+        Ok(self.0.get_mut(queue).and_then(Option::as_mut).map(|book| {
+            book.changed = true;
+            book
+        }))
+    }
+
+    pub(super) fn write(&self, transaction: &Connection) -> Result<()> {
+        for book in self.0.values().flatten().filter(|book| book.changed) {
+            transaction
+                .prepare_cached(
+                    "UPDATE queues SET next = ?2, held = ?3, dead = ?4, consumer = ?5 WHERE id = ?1",
+                )?
+                .execute(params![
+                    book.id,
+                    book.next,
+                    book.held,
+                    book.dead,
+                    book.consumer
+                ])?;
+        }
+        Ok(())
+    }
+
+    fn to_wake(&self) -> impl Iterator<Item = (&QueueName, i64)> {
+        self.0.iter().filter_map(|(queue, book)| {
+            let book = book.as_ref().filter(|book| book.wake)?;
+            Some((queue, book.consumer?))
+        })
+    }
+}
+
+impl Book {
+    pub(super) fn read(transaction: &Connection, queue: &QueueName) -> Result<Option<Self>> {
+        let book = transaction
+            .prepare_cached(
+                "SELECT id, delivery_limit, max_messages, next, held, dead, consumer
+                 FROM queues WHERE name = ?1",
+            )?
+            .query_row([queue.as_str()], |row| {
+                Ok(Self {
+                    id: row.get(0)?,
+                    delivery_limit: row.get(1)?,
+                    max_messages: row.get(2)?,
+                    next: row.get(3)?,
+                    held: row.get(4)?,
+                    dead: row.get(5)?,
+                    consumer: row.get(6)?,
+                    changed: false,
+                    wake: false,
+                })
+            })
+            .optional()?;
+        Ok(book)
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.max_messages.is_some_and(|most| self.held >= most)
+    }
+
+    /// The row number of the next place.
+    pub(super) fn place(&self) -> Result<i64> {
+        let next = self.next + 1;
+        if next >> PLACE_BITS != 0 {
+            return Err(Error::new(
+                ErrorKind::BrokerRefused,
+                "the queue has had as many messages as one can have; make a new one",
+            ));
+        }
+        Ok(self.first() | next)
+    }
+
+    pub(super) fn take_place(&mut self) {
+        self.next += 1;
+    }
+
+    /// The row number before the first place.
+    pub(super) fn first(&self) -> i64 {
+        self.id << PLACE_BITS
+    }
+
+    /// The row number of the last place.
+    pub(super) fn last(&self) -> i64 {
+        self.first() | ((1 << PLACE_BITS) - 1)
+    }
+}
