@@ -1,1 +1,26 @@
-//! The conformance suite.
+//! The conformance suite: it proves on a real broker that a wilco backend loses nothing, and proves
+//! itself on brokers that were broken on purpose.
+//!
+//! The house, from the ground up:
+//! - [`harness`]: what the author of a backend brings, and [`harnesses`]: those that are here;
+//! - [`check`]: what a check is, what it runs in, what it gives back;
+//! - [`ledger`]: the append-only history, and what it says in the end (section L);
+//! - [`agent`]: a second process that can be killed and paused;
+//! - [`laws`]: the checks, a plain function each, and [`registry`] that lists them;
+//! - [`saboteurs`]: brokers that break one law each, and the check that has to catch them (X1);
+//! - [`report`] and [`command`]: running it all and telling what came of it.
+//!
+//! To hold a backend to the contract, implement [`harness::Harness`] and run [`registry::all`] on it.
+
+pub mod agent;
+pub mod check;
+pub mod command;
+pub mod harness;
+pub mod harnesses;
+pub mod laws;
+pub mod ledger;
+pub mod reference;
+pub mod registry;
+pub mod report;
+pub mod saboteurs;
+mod support;

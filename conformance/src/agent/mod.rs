@@ -1,0 +1,303 @@
+//! A second process that checks can kill and pause: this package's own binary, run as `agent`.
+//!
+//! It speaks one JSON document a line: orders on its standard input, answers on its standard output.
+
+mod process;
+
+use std::process::Stdio;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
+    process::{Child, ChildStdin, ChildStdout, Command},
+};
+use wilco::{GuestAddress, QueueName};
+
+pub use process::run;
+
+use crate::{
+    check::{CheckError, Cx},
+    harness::Unavailable,
+    ledger::Entry,
+    support::LONG,
+};
+
+/// What an agent is told.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "snake_case")]
+pub enum Order {
+    /// Attach to a queue.
+    Attach {
+        /// The queue.
+        queue: QueueName,
+        /// The most deliveries to hold.
+        prefetch: u32,
+    },
+    /// Receive one delivery and hold it.
+    Receive,
+    /// Ack the held delivery of this message.
+    Ack {
+        /// The message's id.
+        id: String,
+    },
+    /// Publish a message whose body is its id.
+    Publish {
+        /// The queue.
+        queue: QueueName,
+        /// The message's id.
+        id: String,
+    },
+    /// Attach to a lane, and either echo what comes or stay silent.
+    Respond {
+        /// The lane.
+        lane: GuestAddress,
+        /// Whether to answer.
+        answer: bool,
+    },
+    /// Consume at random until killed, and tell the history of it.
+    Work {
+        /// The queue.
+        queue: QueueName,
+        /// Where the random choices come from.
+        seed: u64,
+    },
+    /// Publish at random until killed, and tell the history of it.
+    Load {
+        /// The queue.
+        queue: QueueName,
+        /// What the ids begin with.
+        prefix: String,
+        /// How many.
+        messages: u64,
+        /// Where the random choices come from.
+        seed: u64,
+    },
+}
+
+/// What an agent tells.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "snake_case")]
+pub enum Told {
+    /// Done as ordered.
+    Done,
+    /// A delivery came.
+    Delivery {
+        /// The message's id.
+        id: String,
+        /// Its attempt.
+        attempt: u32,
+    },
+    /// It failed.
+    Failed {
+        /// The error.
+        error: String,
+    },
+    /// One line of history.
+    History {
+        /// The line.
+        entry: Entry,
+    },
+    /// The work or load has come to its end.
+    End,
+}
+
+/// A running agent. It is killed when this is dropped.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    orders: ChildStdin,
+    told: Lines<BufReader<ChildStdout>>,
+}
+
+impl Agent {
+    /// Starts one on the check's broker.
+    ///
+    /// # Errors
+    /// [`Unavailable`] where no other process can reach the broker or the program is not known.
+    pub async fn start(cx: &Cx) -> Result<Self, CheckError> {
+        let facts = cx.server.facts();
+        let url = facts
+            .url
+            .ok_or_else(|| Unavailable::because(facts.private_because))?;
+        let program = cx.options.agent.as_ref().ok_or_else(|| {
+            Unavailable::because("the program that plays a second process was not given")
+        })?;
+        let started = Command::new(program)
+            .arg("agent")
+            .arg(url)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn();
+        let lost = |what: &str| CheckError::failed("a second process starts", what);
+        let mut child = started.map_err(|error| lost(&error.to_string()))?;
+        let orders = child
+            .stdin
+            .take()
+            .ok_or_else(|| lost("no standard input"))?;
+        let told = child
+            .stdout
+            .take()
+            .ok_or_else(|| lost("no standard output"))?;
+        let told = BufReader::new(told).lines();
+        Ok(Self {
+            child,
+            orders,
+            told,
+        })
+    }
+
+    /// Sends an order without waiting for what comes of it.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub async fn order(&mut self, order: &Order) -> Result<(), CheckError> {
+        let gone = |error: &dyn std::fmt::Display| {
+            CheckError::failed("the second process takes an order", error)
+        };
+        let mut line = serde_json::to_vec(order).map_err(|error| gone(&error))?;
+        line.push(b'\n');
+        self.orders
+            .write_all(&line)
+            .await
+            .map_err(|error| gone(&error))
+    }
+
+    /// The next thing it tells; `None` when it is gone and all it told was read.
+    ///
+    /// # Errors
+    /// It tells nothing for too long, or not in the agreed form.
+    pub async fn told(&mut self) -> Result<Option<Told>, CheckError> {
+        let bad = |seen: &dyn std::fmt::Display| {
+            CheckError::failed("the second process tells what it did", seen)
+        };
+        let line = tokio::time::timeout(LONG, self.told.next_line())
+            .await
+            .map_err(|_| bad(&"nothing for too long"))?
+            .map_err(|error| bad(&error))?;
+        let Some(line) = line else { return Ok(None) };
+        match serde_json::from_str(&line) {
+            Ok(told) => Ok(Some(told)),
+            // Killed in the middle of a line.
+            Err(error) if error.is_eof() => Ok(None),
+            Err(error) => Err(bad(&error)),
+        }
+    }
+
+    async fn obey(&mut self, order: &Order) -> Result<Told, CheckError> {
+        self.order(order).await?;
+        match self.told().await? {
+            Some(Told::Failed { error }) => Err(CheckError::failed(
+                format!("{order:?} succeeds in a second process"),
+                error,
+            )),
+            Some(told) => Ok(told),
+            None => Err(CheckError::failed("the second process lives", "it is gone")),
+        }
+    }
+
+    /// Attaches to a queue.
+    ///
+    /// # Errors
+    /// It could not.
+    pub async fn attach(&mut self, queue: &QueueName, prefetch: u32) -> Result<(), CheckError> {
+        self.obey(&Order::Attach {
+            queue: queue.clone(),
+            prefetch,
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Receives and holds one delivery, and says which.
+    ///
+    /// # Errors
+    /// None came.
+    pub async fn receive(&mut self) -> Result<(String, u32), CheckError> {
+        match self.obey(&Order::Receive).await? {
+            Told::Delivery { id, attempt } => Ok((id, attempt)),
+            other => Err(CheckError::failed("a delivery", format!("{other:?}"))),
+        }
+    }
+
+    /// Acks a held delivery; true if the ack was Ok.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub async fn settle_ack(&mut self, id: &str) -> Result<bool, CheckError> {
+        self.order(&Order::Ack { id: id.into() }).await?;
+        match self.told().await? {
+            Some(Told::Done) => Ok(true),
+            Some(Told::Failed { .. }) => Ok(false),
+            other => Err(CheckError::failed(
+                "an answer to an ack",
+                format!("{other:?}"),
+            )),
+        }
+    }
+
+    /// Publishes; returns once it was Ok.
+    ///
+    /// # Errors
+    /// It was not.
+    pub async fn publish(&mut self, queue: &QueueName, id: &str) -> Result<(), CheckError> {
+        self.obey(&Order::Publish {
+            queue: queue.clone(),
+            id: id.into(),
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Attaches to a lane, to echo or to stay silent.
+    ///
+    /// # Errors
+    /// It could not.
+    pub async fn respond(&mut self, lane: &GuestAddress, answer: bool) -> Result<(), CheckError> {
+        self.obey(&Order::Respond {
+            lane: lane.clone(),
+            answer,
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Kills it as `kill -9` does, and waits until it is gone.
+    ///
+    /// # Errors
+    /// It could not be killed.
+    pub async fn kill(&mut self) -> Result<(), CheckError> {
+        let killed = self.child.kill().await;
+        killed.map_err(|error| CheckError::failed("the second process is killed", error))
+    }
+
+    /// Stops it where it stands, as a machine does that is suspended.
+    ///
+    /// # Errors
+    /// It could not be.
+    pub fn pause(&self) -> Result<(), CheckError> {
+        self.signal(Signal::STOP)
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// It could not.
+    pub fn resume(&self) -> Result<(), CheckError> {
+        self.signal(Signal::CONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), CheckError> {
+        let pid = self
+            .child
+            .id()
+            .and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+        let sent = pid.is_some_and(|pid| kill_process(pid, signal).is_ok());
+        if sent {
+            Ok(())
+        } else {
+            Err(CheckError::failed("a signal is sent", "it was not"))
+        }
+    }
+}

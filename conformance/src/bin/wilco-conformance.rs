@@ -1,0 +1,8 @@
+//! The command `wilco-conformance`.
+
+use std::process::ExitCode;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    wilco_conformance::command::main().await
+}

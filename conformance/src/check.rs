@@ -1,0 +1,269 @@
+//! A check, what it runs in, and what it gives back.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::PathBuf,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use serde::Serialize;
+use wilco::Broker;
+
+use crate::harness::{Harness, Server, Unavailable};
+
+/// One check of one law.
+#[derive(Clone, Copy)]
+pub struct Check {
+    /// Its name, which starts with its law: `q3_other_arguments_are_a_mismatch`.
+    pub name: &'static str,
+    /// The law's id: `Q3`.
+    pub law: &'static str,
+    /// What it shows, in one line.
+    pub title: &'static str,
+    /// The check itself.
+    pub run: for<'a> fn(&'a Cx) -> Pin<Box<dyn Future<Output = CheckResult> + Send + 'a>>,
+}
+
+/// What every check returns.
+pub type CheckResult = Result<Evidence, CheckError>;
+
+impl Check {
+    /// No check may take longer than this: nothing waits for ever (law P9), the suite neither.
+    pub const LIMIT: Duration = Duration::from_secs(180);
+
+    /// Runs the check on a fresh broker of this harness.
+    pub async fn run_on(&self, harness: &dyn Harness, options: &Options) -> Outcome {
+        let started = Instant::now();
+        let mut result = match harness.start().await {
+            Ok(server) => {
+                let cx = Cx {
+                    server,
+                    options: options.clone(),
+                    law: self.law,
+                };
+                match tokio::time::timeout(Self::LIMIT, (self.run)(&cx)).await {
+                    Ok(result) => result,
+                    Err(_) => Err(CheckError::failed(
+                        format!("the check ends within {:?}", Self::LIMIT),
+                        "something in it still waited",
+                    )),
+                }
+            }
+            // A broker that was asked for and does not come is a failure, not a skip (law X2).
+            Err(reason) => Err(CheckError::failed("the broker starts", reason)),
+        };
+        if let Err(CheckError::Failed(failure)) = &mut result {
+            failure.check = self.name;
+            failure.law = self.law;
+            failure.backend = harness.name();
+            failure.seed = options.seed;
+        }
+        Outcome {
+            check: self.name,
+            law: self.law,
+            backend: harness.name(),
+            seed: options.seed,
+            elapsed: started.elapsed(),
+            result,
+        }
+    }
+}
+
+impl fmt::Debug for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.name, self.law)
+    }
+}
+
+/// How checks are run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where every random choice comes from: the same seed makes the same choices.
+    pub seed: u64,
+    /// The program that plays a second process: this package's own binary.
+    pub agent: Option<PathBuf>,
+    /// Where histories of failed runs are kept.
+    pub histories: PathBuf,
+}
+
+impl Options {
+    /// These options, with histories kept in the system's temporary directory.
+    #[must_use]
+    pub fn new(seed: u64, agent: Option<PathBuf>) -> Self {
+        Self {
+            seed,
+            agent,
+            histories: std::env::temp_dir(),
+        }
+    }
+}
+
+/// What a check runs in.
+#[derive(Debug)]
+pub struct Cx {
+    /// The private broker.
+    pub server: Box<dyn Server>,
+    /// How to run.
+    pub options: Options,
+    law: &'static str,
+}
+
+impl Cx {
+    /// One more handle on the broker.
+    ///
+    /// # Errors
+    /// A failure: the broker is there.
+    pub async fn connect(&self) -> Result<Arc<dyn Broker>, CheckError> {
+        let connected = tokio::time::timeout(Duration::from_secs(20), self.server.connect()).await;
+        match connected {
+            Ok(Ok(broker)) => Ok(broker),
+            Ok(Err(error)) => Err(CheckError::failed(
+                "connect to a broker that is there",
+                error,
+            )),
+            Err(_) => Err(CheckError::failed(
+                "connect ends",
+                "still waiting after 20 s",
+            )),
+        }
+    }
+
+    /// The random numbers of this check.
+    #[must_use]
+    pub fn rng(&self) -> fastrand::Rng {
+        fastrand::Rng::with_seed(self.options.seed)
+    }
+
+    /// The law that is checked.
+    #[must_use]
+    pub fn law(&self) -> &'static str {
+        self.law
+    }
+
+    /// The time within which the backend says that it notices a vanished consumer.
+    #[must_use]
+    pub fn takeover(&self) -> Duration {
+        self.server.facts().takeover
+    }
+}
+
+/// What a passed check has to show for it.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Evidence {
+    /// How often what was tried.
+    pub counts: BTreeMap<&'static str, u64>,
+}
+
+impl Evidence {
+    /// One count.
+    #[must_use]
+    pub fn of(what: &'static str, count: impl TryInto<u64>) -> Self {
+        Self::default().and(what, count)
+    }
+
+    /// One count more.
+    #[must_use]
+    pub fn and(mut self, what: &'static str, count: impl TryInto<u64>) -> Self {
+        self.counts
+            .insert(what, count.try_into().unwrap_or(u64::MAX));
+        self
+    }
+}
+
+impl fmt::Display for Evidence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, (what, count)) in self.counts.iter().enumerate() {
+            write!(f, "{}{count} {what}", if n == 0 { "" } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a check did not pass.
+#[derive(Clone, Debug)]
+pub enum CheckError {
+    /// The law is broken.
+    Failed(Box<Failure>),
+    /// It could not be tried here.
+    Unavailable(Unavailable),
+}
+
+/// A broken law.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Failure {
+    /// The check.
+    pub check: &'static str,
+    /// The law.
+    pub law: &'static str,
+    /// The backend.
+    pub backend: &'static str,
+    /// The seed that it was seen with.
+    pub seed: u64,
+    /// What the law says.
+    pub expected: String,
+    /// What was there instead.
+    pub seen: String,
+}
+
+impl CheckError {
+    /// The law is broken; who, where and with what seed is filled in by [`Check::run_on`].
+    pub fn failed(expected: impl Into<String>, seen: impl fmt::Display) -> Self {
+        Self::Failed(Box::new(Failure {
+            expected: expected.into(),
+            seen: seen.to_string(),
+            ..Failure::default()
+        }))
+    }
+}
+
+impl From<Unavailable> for CheckError {
+    fn from(reason: Unavailable) -> Self {
+        Self::Unavailable(reason)
+    }
+}
+
+/// An error of the broker where the check needs Ok.
+impl From<wilco::Error> for CheckError {
+    fn from(error: wilco::Error) -> Self {
+        Self::failed("the call succeeds", format!("{error} ({:?})", error.kind()))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "law {} broken on {} by {} with seed {}\n  expected: {}\n  seen:     {}\n  again:    \
+             wilco-conformance run --broker {} --check {} --seed {}",
+            self.law,
+            self.backend,
+            self.check,
+            self.seed,
+            self.expected,
+            self.seen,
+            self.backend,
+            self.check,
+            self.seed
+        )
+    }
+}
+
+/// One check on one backend, done.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The check.
+    pub check: &'static str,
+    /// Its law.
+    pub law: &'static str,
+    /// The backend.
+    pub backend: &'static str,
+    /// The seed.
+    pub seed: u64,
+    /// How long it took.
+    pub elapsed: Duration,
+    /// What came of it.
+    pub result: CheckResult,
+}

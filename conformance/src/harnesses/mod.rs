@@ -1,0 +1,22 @@
+//! The harnesses that are here, by name.
+
+mod embedded;
+mod handles;
+mod reference;
+
+pub use embedded::{Memory, Sqlite};
+pub use reference::Reference;
+
+use crate::harness::Harness;
+
+/// Every harness.
+#[must_use]
+pub fn all() -> Vec<Box<dyn Harness>> {
+    vec![Box::new(Sqlite), Box::new(Memory), Box::new(Reference)]
+}
+
+/// The harness of this name.
+#[must_use]
+pub fn find(name: &str) -> Option<Box<dyn Harness>> {
+    all().into_iter().find(|harness| harness.name() == name)
+}
