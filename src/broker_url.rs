@@ -31,6 +31,10 @@ const SCHEMES: &[&str] = if cfg!(feature = "embedded") {
     &[]
 };
 
+#[cfg_attr(
+    not(feature = "embedded"),
+    allow(dead_code, reason = "backends read them")
+)]
 impl BrokerUrl {
     /// The scheme, in lower case.
     #[must_use]
@@ -143,6 +147,10 @@ impl fmt::Debug for BrokerUrl {
     }
 }
 
+#[cfg_attr(
+    not(feature = "embedded"),
+    allow(dead_code, reason = "backends read them")
+)]
 fn percent_decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

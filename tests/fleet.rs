@@ -326,7 +326,7 @@ fn a_machine_that_ends_early_is_a_failed_host_at_once() {
 }
 
 #[test]
-fn ctrl_c_powers_the_machines_off() {
+fn ctrl_c_powers_the_machines_off_and_decides_nothing() {
     let fleet = Fleet::new(|place| {
         place.file(
             "fleet.jsonl",
@@ -347,6 +347,9 @@ fn ctrl_c_powers_the_machines_off() {
     run.ended().expect(130, &["Everything is recorded"]);
     let machine = machine().unwrap();
     assert!(!fs::exists(format!("/proc/{machine}")).unwrap());
+    // Powering it off was our doing: nothing is decided about its guest.
+    let status = fleet.place.run(["status", "never", "--json"]).json();
+    assert_eq!(status[0]["state"], "awaiting_guest", "{status:?}");
 }
 
 fn rounds() -> u64 {

@@ -6,7 +6,10 @@ use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
     process::{ExitStatus, Stdio},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -31,6 +34,8 @@ pub(super) struct Machines {
     wilco: PathBuf,
     machines: Mutex<HashMap<GuestAddress, Machine>>,
     running: watch::Sender<usize>,
+    /// From here on an end is our own doing, and says nothing about a machine.
+    powering_off: AtomicBool,
 }
 
 /// One machine's process: there until its end has been seen.
@@ -54,6 +59,7 @@ impl Machines {
             wilco,
             machines: Mutex::default(),
             running: watch::Sender::new(0),
+            powering_off: AtomicBool::new(false),
         }))
     }
 
@@ -98,6 +104,7 @@ impl Machines {
 
     /// Powers off what runs: SIGTERM to each machine, and after a while SIGKILL to all of it.
     pub(super) async fn power_off(&self) {
+        self.powering_off.store(true, Ordering::Relaxed);
         for pid in self.pids() {
             // One that has ended meanwhile is what we want.
             let _ = kill_process(pid, Signal::TERM);
@@ -138,6 +145,9 @@ impl HostProbe for Probe {
             // Another machine of this guest runs already, started by a run that was killed.
             Some(Machine::Ended(status)) if status.code() == Some(Exit::Conflict as i32) => {
                 HostState::Up
+            }
+            Some(Machine::Ended(_)) if self.0.powering_off.load(Ordering::Relaxed) => {
+                HostState::Booting
             }
             Some(Machine::Ended(status)) => {
                 HostState::Failed(format!("the machine {}", ended(*status)))

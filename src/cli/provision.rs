@@ -252,11 +252,12 @@ impl Run {
 
     /// Ctrl-C: nothing is lost, and this says so.
     async fn stop(&self) -> Problem {
+        // First, so that no machine that is powered off here is taken for one that failed.
+        self.taskmanager.close();
         if let Some(machines) = &self.machines {
             output::note("stopping; powering off the machines that were started here");
             machines.power_off().await;
         }
-        self.taskmanager.close();
         // Those that failed in this run are not to be tried again by going on.
         let typed = std::env::args()
             .skip(1)
