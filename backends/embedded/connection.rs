@@ -254,7 +254,7 @@ impl Core {
         op: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let room = self.inbox.room(deadline).await?;
-        let (call, ticket, answer) = Call::new(op, Some(room));
+        let (call, ticket, answer) = Call::boxed(op, Some(room));
         self.after_inbox(call, true)?;
         ticket.answer(deadline, answer).await
     }

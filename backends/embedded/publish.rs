@@ -422,10 +422,8 @@ impl Books {
             let book = Book::read(transaction, queue)?;
             self.0.insert(queue.clone(), book);
         }
-        Ok(self.0.get_mut(queue).and_then(Option::as_mut).map(|book| {
-            book.changed = true;
-            book
-        }))
+        let book = self.0.get_mut(queue).and_then(Option::as_mut);
+        Ok(book.map(Book::touch))
     }
 
     pub(super) fn write(&self, transaction: &Connection) -> Result<()> {
@@ -475,6 +473,11 @@ impl Book {
             })
             .optional()?;
         Ok(book)
+    }
+
+    fn touch(&mut self) -> &mut Self {
+        self.changed = true;
+        self
     }
 
     pub(super) fn is_full(&self) -> bool {

@@ -178,7 +178,7 @@ impl Lane {
             .await
             .map_err(|error| error.with_outcome(Outcome::NotStored))?
             .map_err(|_| Failure::closed().error())?;
-        let (call, ticket, answer) = Call::new(op, Some(room));
+        let (call, ticket, answer) = Call::boxed(op, Some(room));
         self.push(call).map_err(|_| Failure::closed().error())?;
         ticket.answer(deadline, answer).await
     }
@@ -349,7 +349,7 @@ where
     F: FnOnce(&Connection) -> Result<T> + Send + 'static,
 {
     /// The operation, and what its caller waits with.
-    pub(crate) fn new(
+    pub(crate) fn boxed(
         op: F,
         room: Option<OwnedSemaphorePermit>,
     ) -> (Box<dyn Op>, Ticket, oneshot::Receiver<Result<T>>) {
