@@ -1,27 +1,99 @@
-//! stub
-use crate::harness::*;
+//! Saboteurs (law X1): brokers that break one thing each, and the check that has to catch them.
+//!
+//! A saboteur wraps a real handle and overrides what it breaks; everything else goes through. Its
+//! state is one for the whole broker, shared by all handles, as a broken server's would be.
+
+mod consume;
+mod leases;
+mod publish;
+mod queues;
+mod requests;
+mod table;
+mod wrap;
+
+use std::{fmt, sync::Arc};
+
 use async_trait::async_trait;
-#[derive(Clone, Copy, Debug)]
+use wilco::{Broker, QueueName};
+
+pub use table::{all, find};
+pub use wrap::{Inner, Sabotage};
+
+use crate::harness::{Facts, Harness, Server, Unavailable};
+
+/// One saboteur and the check that has to catch it.
+#[derive(Clone, Copy)]
 pub struct Saboteur {
+    /// What it does, as a name.
     pub name: &'static str,
+    /// The check that has to fail.
     pub caught_by: &'static str,
+    /// A new one, with no state yet.
+    pub make: fn() -> Arc<dyn Sabotage>,
 }
-pub fn all() -> Vec<Saboteur> {
-    vec![]
-}
-#[derive(Debug)]
-pub struct Sabotaged;
-impl Sabotaged {
-    pub fn new(_: Box<dyn Harness>, _: Saboteur) -> Self {
-        Self
+
+impl fmt::Debug for Saboteur {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (caught by {})", self.name, self.caught_by)
     }
 }
+
+/// A harness whose brokers are all sabotaged.
+#[derive(Debug)]
+pub struct Sabotaged {
+    harness: Box<dyn Harness>,
+    saboteur: Saboteur,
+}
+
+impl Sabotaged {
+    /// Sabotages every broker of this harness.
+    #[must_use]
+    pub fn new(harness: Box<dyn Harness>, saboteur: Saboteur) -> Self {
+        Self { harness, saboteur }
+    }
+}
+
 #[async_trait]
 impl Harness for Sabotaged {
     fn name(&self) -> &'static str {
-        "x"
+        self.saboteur.name
     }
+
     async fn start(&self) -> Result<Box<dyn Server>, String> {
-        Err("x".into())
+        let server = self.harness.start().await?;
+        Ok(Box::new(SabotagedServer {
+            server,
+            sabotage: (self.saboteur.make)(),
+        }))
+    }
+}
+
+#[derive(Debug)]
+struct SabotagedServer {
+    server: Box<dyn Server>,
+    sabotage: Arc<dyn Sabotage>,
+}
+
+#[async_trait]
+impl Server for SabotagedServer {
+    fn facts(&self) -> Facts {
+        self.server.facts()
+    }
+
+    async fn connect(&self) -> wilco::Result<Arc<dyn Broker>> {
+        let inner = self.server.connect().await?;
+        Ok(wrap::wrap(inner, Arc::clone(&self.sabotage)))
+    }
+
+    async fn remains(&self, queue: &QueueName) -> Result<Vec<String>, Unavailable> {
+        self.server.remains(queue).await
+    }
+
+    async fn restart(&self) -> Result<(), Unavailable> {
+        self.server.restart().await?;
+        let inner = self.server.connect().await;
+        let inner = inner.map_err(|error| Unavailable::because(error.to_string()))?;
+        self.sabotage.restarted(&inner).await;
+        Ok(())
     }
 }

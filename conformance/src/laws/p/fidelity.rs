@@ -124,13 +124,12 @@ pub async fn p6_every_byte_comes_back(cx: &Cx) -> CheckResult {
 pub async fn p6_over_the_limit_is_too_large(cx: &Cx) -> CheckResult {
     let broker = cx.connect().await?;
     let name = queue(&*broker, "p6-large").await?;
-    let (mut stored, mut limit) = (0, None);
+    let (mut stored, mut limit) = (Vec::new(), None);
     let mut refused = usize::MAX;
     // A backend that takes the last one, larger than anybody's first command, has shown enough.
     for size in [1 << 20, 8 << 20, 256 << 20] {
-        let body = Bytes::from(vec![b'x'; size]);
-        match broker.publish(&name, message(body)?, long()).await {
-            Ok(_) => stored += 1,
+        match broker.publish(&name, message(pattern(size))?, long()).await {
+            Ok(_) => stored.push(size),
             Err(error) => {
                 same("outcome", error.outcome(), Some(Outcome::NotStored))?;
                 let &ErrorKind::TooLarge { limit: told } = error.kind() else {
@@ -141,28 +140,37 @@ pub async fn p6_over_the_limit_is_too_large(cx: &Cx) -> CheckResult {
             }
         }
     }
-    expect(stored > 0, "1 MiB is taken", "it is not")?;
+    expect(!stored.is_empty(), "1 MiB is taken", "it is not")?;
     if let Some(limit) = limit {
-        let limit_bytes = usize::try_from(limit).unwrap_or(usize::MAX);
-        expect(
-            limit_bytes < refused,
-            "a limit below what was refused",
-            limit,
-        )?;
-        let at = message(vec![b'y'; limit_bytes])?;
-        broker.publish(&name, at, long()).await?;
-        stored += 1;
-        let over = broker
-            .publish(&name, message(vec![b'z'; limit_bytes + 1])?, long())
-            .await;
-        must_be(
-            "one byte over the limit",
-            over,
-            &ErrorKind::TooLarge { limit },
-        )?;
+        let most = usize::try_from(limit).unwrap_or(usize::MAX);
+        expect(most < refused, "a limit below what was refused", limit)?;
+        broker.publish(&name, message(pattern(most))?, long()).await?;
+        stored.push(most);
+        let over = broker.publish(&name, message(pattern(most + 1))?, long()).await;
+        let error = must_be("one byte over the limit", over, &ErrorKind::TooLarge { limit })?;
+        same("outcome", error.outcome(), Some(Outcome::NotStored))?;
     }
-    same("messages", drain(&*broker, &name).await?.len(), stored)?;
-    Ok(Evidence::of("sizes", stored).and("limit", limit.unwrap_or(0)))
+    let mut consumer = attach(&*broker, &name, 1).await?;
+    for size in &stored {
+        let delivery = receive(&mut *consumer).await?;
+        let whole = delivery.message.body == pattern(*size);
+        let came = delivery.message.body.len();
+        expect(whole, format!("{size} bytes as they were"), format!("{came} bytes"))?;
+        delivery.ack(long()).await?;
+    }
+    same("left", broker.status(&name, long()).await?.messages(), 0)?;
+    Ok(Evidence::of("sizes", stored.len()).and("limit", limit.unwrap_or(0)))
+}
+
+/// So many bytes, of which no part can be missing or moved unseen.
+fn pattern(size: usize) -> Bytes {
+    let mut body = Vec::with_capacity(size + 8);
+    let block: Vec<u8> = (0..251).collect();
+    while body.len() < size {
+        body.extend_from_slice(&block);
+    }
+    body.truncate(size);
+    body.into()
 }
 
 /// Each of several publishers, on its own handle and on a shared one, keeps its order.

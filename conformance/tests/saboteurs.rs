@@ -1,0 +1,73 @@
+//! Law X1: the suite fails every saboteur, by the check that has to catch it. That the same checks
+//! pass on the broker that was not sabotaged is `tests/reference.rs`.
+
+use std::collections::BTreeSet;
+
+use futures_util::{StreamExt, stream};
+use wilco_conformance::{
+    check::{CheckError, Options},
+    harnesses::Reference,
+    registry,
+    saboteurs::{self, Sabotaged},
+};
+
+/// Each one runs into its check; all of them at once, for most of the time is spent waiting for
+/// what a saboteur keeps back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn x1_every_saboteur_is_caught_by_its_check() {
+    let runs = saboteurs::all().into_iter().map(|saboteur| async move {
+        let check = registry::find(saboteur.caught_by).expect("the table names checks");
+        let harness = Sabotaged::new(Box::new(Reference), saboteur);
+        let outcome = check.run_on(&harness, &Options::new(1, None)).await;
+        match outcome.result {
+            Err(CheckError::Failed(failure)) => {
+                println!("{saboteur:?}: {} / {}", failure.expected, failure.seen);
+                None
+            }
+            other => Some(format!("{saboteur:?}: {other:?}")),
+        }
+    });
+    let missed: Vec<_> = stream::iter(runs)
+        .buffer_unordered(12)
+        .filter_map(std::future::ready)
+        .collect()
+        .await;
+    assert!(missed.is_empty(), "not caught: {missed:#?}");
+}
+
+/// A law without a saboteur has a reason, told here and in every report.
+#[test]
+fn x1_every_law_has_a_saboteur() {
+    let broken: BTreeSet<_> = saboteurs::all()
+        .iter()
+        .map(|saboteur| registry::find(saboteur.caught_by).expect("a check").law.to_owned())
+        .collect();
+    let bare: Vec<_> = registry::laws().into_iter().filter(|law| !broken.contains(law)).collect();
+    assert!(bare.is_empty(), "no saboteur yet: {bare:?}");
+}
+
+/// Checks that no saboteur was made for; whoever adds one here says why.
+#[test]
+fn x1_checks_without_a_saboteur_are_known() {
+    let caught: BTreeSet<_> = saboteurs::all().iter().map(|saboteur| saboteur.caught_by).collect();
+    let all = registry::all();
+    let bare: Vec<_> = all.iter().map(|check| check.name).filter(|n| !caught.contains(n)).collect();
+    let known = [
+        // The names are the vocabulary's, not a broker's.
+        "q8_bad_names_are_refused_before_any_io",
+        // The second process talks to the broker itself, past any wrapper.
+        "c1_a_killed_process_gives_all_back",
+        "c4_a_paused_process_settles_only_what_it_still_has",
+        "c12_across_processes",
+        "r3_a_killed_guest_becomes_no_consumer",
+        "d1_a_claim_to_outlive_a_kill_is_true",
+        "l_processes_killed_at_random_lose_nothing",
+    ];
+    assert_eq!(bare, known);
+}
+
+#[test]
+fn names_are_unique() {
+    let names: BTreeSet<_> = saboteurs::all().iter().map(|saboteur| saboteur.name).collect();
+    assert_eq!(names.len(), saboteurs::all().len());
+}
