@@ -164,6 +164,9 @@ fn what_is_not_there_has_its_own_code() {
     place
         .run(["ping", "nobody", "--timeout", "soon"])
         .expect(2, &["500ms, 90s or 10m"]);
+    let mut logged = place.wilco(["queues"]);
+    let logged = logged.env("WILCO_LOG", "wilco=loud").output().unwrap();
+    assert_eq!(logged.status.code(), Some(2), "{logged:?}");
     let json = place.run(["ping", "nobody", "--json"]);
     let error: serde_json::Value = serde_json::from_str(&json.stderr).unwrap();
     assert_eq!(error["exit"], 5);

@@ -276,6 +276,9 @@ pub(super) enum DeadAction {
     /// Show one dead letter with its headers and body
     Show(DeadLetterArgs),
     /// Send dead letters back to the end of their queue
+    #[command(override_usage = "\
+wilco dead redrive <QUEUE> <KEYS>...
+       wilco dead redrive <QUEUE> --all")]
     Redrive {
         /// The guest's id, or a queue's full name
         queue: String,
