@@ -306,6 +306,8 @@ pub(super) struct DeadLetterArgs {
 }
 
 /// Give a guest up: take its prepare back unless it was accepted already
+///
+/// One process at a time owns the records: stop a provision that runs on them first.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  wilco cancel vm-1")]
 pub(super) struct Cancel {
@@ -314,6 +316,8 @@ pub(super) struct Cancel {
 }
 
 /// Delete what the broker holds of a guest; a late machine of it is kept out
+///
+/// One process at a time owns the records: stop a provision that runs on them first.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  wilco delete vm-1")]
 pub(super) struct Delete {

@@ -1,11 +1,11 @@
 //! `wilco provision`: a fleet file's guests, all at once, to their outcomes.
 
-use std::{process::ExitCode, sync::Arc, time::Duration, time::Instant};
+use std::{collections::HashSet, process::ExitCode, sync::Arc, time::Duration, time::Instant};
 
 use serde_json::json;
 use tokio::{sync::Semaphore, sync::broadcast::error::RecvError, task::JoinSet};
 use wilco::{
-    Broker, ErrorKind, GuestAddress, Incarnation, SendPolicy, State, Taskmanager,
+    Broker, ErrorKind, GuestAddress, GuestId, Incarnation, SendPolicy, State, Taskmanager,
     broker::QueueStatus,
 };
 
@@ -56,13 +56,12 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
     });
 
     let start = Instant::now();
-    let (order, malformed) = (ids(&fleet.guests), fleet.malformed.len());
+    let malformed = fleet.malformed.len();
     let rows = tokio::select! {
         rows = run.all(fleet.guests, output) => rows,
         () = interrupted() => return Err(run.stop().await),
     };
-    let mut rows = rows;
-    rows.sort_by_key(|row| order.iter().position(|id| *id == row.address.guest));
+    let took = start.elapsed();
     if let Some(machines) = &run.machines {
         if machines.running() > 0 && !output.json {
             output::note(format_args!("powering off {} machines", machines.running()));
@@ -70,7 +69,7 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
         machines.power_off().await;
     }
     let left = settled(&*broker).await?;
-    summary::show(&rows, &left, start.elapsed(), output);
+    summary::show(&rows, &left, took, output);
     run.taskmanager.close();
     broker.close(patience()).await?;
     Ok(exit_code(&rows, malformed))
@@ -88,10 +87,6 @@ async fn settled(broker: &dyn Broker) -> wilco::Result<Vec<QueueStatus>> {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-}
-
-fn ids(guests: &[Line]) -> Vec<wilco::GuestId> {
-    guests.iter().map(|line| line.id.clone()).collect()
 }
 
 fn report(malformed: &Malformed, args: &Provision, output: Output) {
@@ -121,16 +116,16 @@ struct Run {
 }
 
 impl Run {
-    /// Provisions every guest, showing how far they are, and returns their ends.
+    /// Provisions every guest, showing how far they are, and returns their ends in the file's order.
     async fn all(self: &Arc<Self>, guests: Vec<Line>, output: Output) -> Vec<Row> {
-        let ids = ids(&guests);
+        let ids: HashSet<_> = guests.iter().map(|line| line.id.clone()).collect();
         let width = ids.iter().map(|id| id.as_str().chars().count()).max();
         let mut progress = Progress::new(ids.len(), width.unwrap_or(0).min(40), output);
         let mut changes = self.taskmanager.watch();
         let mut ends = JoinSet::new();
-        for guest in guests {
+        for (place, guest) in guests.into_iter().enumerate() {
             let run = Arc::clone(self);
-            ends.spawn(async move { run.one(guest).await });
+            ends.spawn(async move { (place, run.one(guest).await) });
         }
         let mut rows = Vec::new();
         loop {
@@ -143,11 +138,11 @@ impl Run {
                     Err(RecvError::Closed) => break,
                 },
                 end = ends.join_next() => match end {
-                    Some(Ok(row)) => {
+                    Some(Ok((place, row))) => {
                         if let End::Problem(problem) = &row.end {
                             progress.note(&format!("{}: {problem}", row.address.guest));
                         }
-                        rows.push(row);
+                        rows.push((place, row));
                     }
                     Some(Err(error)) => progress.note(&format!("a task ended early: {error}")),
                     None => break,
@@ -160,10 +155,11 @@ impl Run {
         // What ended before this run was never a change.
         self.catch_up(&mut progress, &ids).await;
         progress.finish();
-        rows
+        rows.sort_by_key(|(place, _)| *place);
+        rows.into_iter().map(|(_, row)| row).collect()
     }
 
-    async fn catch_up(&self, progress: &mut Progress, ids: &[wilco::GuestId]) {
+    async fn catch_up(&self, progress: &mut Progress, ids: &HashSet<GuestId>) {
         for id in ids {
             if let Ok(Some(record)) = self.taskmanager.record(id).await {
                 progress.show(&record);
