@@ -1,5 +1,6 @@
 //! The workflow on the embedded broker in memory: the cases of one process. Those of several
 //! processes that are killed are the command's tests and the suite's.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 use std::{
     sync::{

@@ -34,6 +34,10 @@ const PROBE_WITHIN: Duration = Duration::from_secs(10);
 const STUCK_AFTER: Duration = Duration::from_secs(5);
 
 /// What others tell a driver.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "nearly all are reports: a box would be one more allocation for each"
+)]
 pub(super) enum Signal {
     /// A report of its guest, to be acked once it is on disk.
     Report(Report, crate::broker::Delivery),
