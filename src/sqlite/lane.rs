@@ -203,6 +203,7 @@ impl Lane {
         self.filled.notify_all();
     }
 
+    #[cfg_attr(not(feature = "embedded"), allow(dead_code))]
     pub(super) async fn ended(&self) {
         // Fails only without a sender, and `self` is one.
         let _ = self.ended.subscribe().wait_for(|ended| *ended).await;

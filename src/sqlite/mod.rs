@@ -17,6 +17,7 @@ use self::{
     lane::Lane,
     open::{Opened, Sync},
 };
+#[cfg_attr(not(feature = "embedded"), allow(unused_imports))]
 pub(crate) use self::{
     lane::{Call, Fate, Op, Ticket, alone},
     open::{FileKey, file_key},
@@ -179,6 +180,7 @@ impl Store {
 
     /// Finishes what was accepted, and lets the file go. Everything after it fails with
     /// [`Closed`](crate::ErrorKind::Closed), for every clone. A second call waits for the first.
+    #[cfg_attr(not(feature = "embedded"), allow(dead_code))]
     pub(crate) async fn close(&self, deadline: Deadline) -> Result<()> {
         let inner = &self.inner;
         if let Some(reader) = &inner.reader {
