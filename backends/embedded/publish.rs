@@ -4,21 +4,25 @@
 //! counters are read once and written once, however many messages there are.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, params};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::{
-    MAX_BODY_BYTES, closed,
-    connection::{Core, Session, lock},
-    consume::{self, Hold, Lost},
+    MAX_BODY_BYTES,
+    books::Books,
+    closed,
+    connection::{Core, Handle, lock},
+    consume::{Held, Hold, Lost},
     no_queue,
+    row::JSON,
+    settle,
 };
 use crate::{
     broker::{Receipt, Settlement},
@@ -32,16 +36,22 @@ use crate::{
 /// The most publishes and settlements that wait inside; more wait outside, up to their deadlines.
 const WAITING: usize = 4096;
 
-/// How many places one queue has: the rest of a row's number is the queue's id.
-pub(super) const PLACE_BITS: u32 = 36;
+/// From how many on a crowd is waited for; until nobody came for this long; and no longer than this:
+/// far less than a sync takes.
+const CROWD: usize = 8;
+const STRAGGLER: Duration = Duration::from_micros(15);
+const GATHERING: Duration = Duration::from_micros(60);
+
+/// How long to wait before something is tried again that failed on the disk.
+const AGAIN: Duration = Duration::from_millis(300);
 
 pub(super) async fn publish(
-    session: &Session,
+    handle: &Handle,
     queue: &QueueName,
     message: Message,
     deadline: Deadline,
 ) -> Result<Receipt> {
-    let core = session.open()?;
+    let core = handle.open()?;
     if message.body.len() > MAX_BODY_BYTES {
         let limit = MAX_BODY_BYTES as u64;
         return Err(Error::new(
@@ -78,6 +88,8 @@ pub(super) struct Inbox {
     room: Arc<Semaphore>,
     /// Items that nobody waits for, and that are not committed yet.
     loose: AtomicUsize,
+    /// How many came together lately.
+    crowd: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -93,6 +105,7 @@ impl Default for Inbox {
             waiting: Mutex::default(),
             room: Arc::new(Semaphore::new(WAITING)),
             loose: AtomicUsize::new(0),
+            crowd: AtomicUsize::new(0),
         }
     }
 }
@@ -116,7 +129,32 @@ impl Inbox {
     }
 
     fn is_empty(&self) -> bool {
-        lock(&self.waiting).items.is_empty()
+        self.len() == 0
+    }
+
+    fn len(&self) -> usize {
+        lock(&self.waiting).items.len()
+    }
+
+    /// Those who were answered together come back together, but the first of them does not have to
+    /// pay for a sync alone while the others are on their way. Who comes alone never waits.
+    fn gather(&self) {
+        let crowd = self.crowd.load(Ordering::Relaxed);
+        if crowd < CROWD {
+            return;
+        }
+        let begin = Instant::now();
+        let (mut there, mut since) = (self.len(), begin);
+        while there < crowd {
+            std::thread::yield_now();
+            let (now, more) = (Instant::now(), self.len());
+            if more > there {
+                (there, since) = (more, now);
+            }
+            if now - since > STRAGGLER || now - begin > GATHERING {
+                break;
+            }
+        }
     }
 }
 
@@ -125,7 +163,7 @@ pub(super) enum Item {
     Publish(Publish),
     Settle(Settle),
     /// A delivery that was dropped: it goes back, and nobody waits.
-    Return(consume::Held),
+    Return(Held),
     /// A consumer that was dropped: what it only buffered goes back.
     Detach(Arc<Hold>),
     /// A handle that was closed: all that its consumer holds goes back.
@@ -151,7 +189,7 @@ pub(super) struct Publish {
 
 #[derive(Debug)]
 pub(super) struct Settle {
-    pub(super) held: consume::Held,
+    pub(super) held: Held,
     pub(super) settlement: Settlement,
     pub(super) ticket: Ticket,
     pub(super) result: Option<Result<()>>,
@@ -173,6 +211,20 @@ impl Core {
             self.call_writer(None, true)
         } else {
             Ok(())
+        }
+    }
+
+    /// What nobody waits for is nobody's to repeat: tried until the disk takes it.
+    fn try_again(self: &Arc<Self>, owed: Vec<Item>) {
+        lock(&self.inbox.waiting).items.splice(0..0, owed);
+        let core = Arc::clone(self);
+        let later = std::thread::Builder::new().spawn(move || {
+            std::thread::sleep(AGAIN);
+            // Fails when the store is closed, and then nothing is owed any more.
+            let _ = core.call_writer(None, true);
+        });
+        if let Err(error) = later {
+            tracing::warn!(%error, "what goes back waits for the next that comes");
         }
     }
 
@@ -213,6 +265,13 @@ impl Op for Round {
         self.synced || !self.core.inbox.is_empty()
     }
 
+    fn gather(&self) {
+        // What need not be synced goes alone if nothing else is there.
+        if self.needs_sync() {
+            self.core.inbox.gather();
+        }
+    }
+
     fn is_wanted(&self) -> bool {
         self.then.as_ref().is_none_or(|op| op.is_wanted())
             || lock(&self.core.inbox.waiting)
@@ -229,6 +288,11 @@ impl Op for Round {
             let mut waiting = lock(&self.core.inbox.waiting);
             self.items = std::mem::take(&mut waiting.items);
             waiting.called = false;
+            drop(waiting);
+            // One small round does not make it forget.
+            let crowd = &self.core.inbox.crowd;
+            let lately = crowd.load(Ordering::Relaxed) / 2;
+            crowd.store(self.items.len().max(lately), Ordering::Relaxed);
         }
         let done = self.do_items(transaction).and_then(|()| {
             self.books.write(transaction)?;
@@ -260,8 +324,13 @@ impl Op for Round {
                 core.wake(queue, token);
             }
         }
+        let mut owed = Vec::new();
         for item in items {
             if item.is_loose() {
+                if matches!(fate, Fate::Lost(_)) {
+                    owed.push(item);
+                    continue;
+                }
                 core.inbox.loose.fetch_sub(1, Ordering::AcqRel);
             }
             match item {
@@ -281,6 +350,9 @@ impl Op for Round {
                 Item::Detach(_) => {}
                 Item::Release(hold) => hold.let_go(),
             }
+        }
+        if !owed.is_empty() {
+            core.try_again(owed);
         }
         if let Some(op) = then {
             op.finish(fate);
@@ -314,10 +386,14 @@ impl Round {
                 Item::Publish(publish) => {
                     if publish.ticket.start() {
                         let stored = store(transaction, books, &mut insert, publish);
-                        if stored.is_err() && transaction.is_autocommit() {
-                            return stored.map(|_| ());
-                        }
+                        let swept = stored.is_err() && transaction.is_autocommit();
                         publish.result = Some(stored);
+                        if swept {
+                            return Err(Error::new(
+                                ErrorKind::BrokerRefused,
+                                "a publish failed on the disk",
+                            ));
+                        }
                     }
                 }
                 Item::Settle(settle) => {
@@ -326,7 +402,7 @@ impl Round {
                             held, settlement, ..
                         } = settle;
                         settle.result = Some(
-                            match consume::settle(transaction, books, held, settlement)? {
+                            match settle::settle(transaction, books, held, settlement)? {
                                 Ok(()) => Ok(()),
                                 Err(lost) => Err(lost.error()),
                             },
@@ -334,12 +410,12 @@ impl Round {
                     }
                 }
                 Item::Return(held) => {
-                    let back = Settlement::Retry(std::time::Duration::ZERO);
+                    let back = Settlement::Retry(Duration::ZERO);
                     let _: std::result::Result<(), Lost> =
-                        consume::settle(transaction, books, held, &back)?;
+                        settle::settle(transaction, books, held, &back)?;
                 }
-                Item::Detach(hold) => consume::detach(transaction, books, hold)?,
-                Item::Release(hold) => consume::release(transaction, books, hold)?,
+                Item::Detach(hold) => settle::detach(transaction, books, hold)?,
+                Item::Release(hold) => settle::release(transaction, books, hold)?,
             }
         }
         Ok(())
@@ -381,7 +457,7 @@ fn store(
         book.id,
         message.id.as_str(),
         message.kind.as_str(),
-        (content_type != consume::JSON).then_some(content_type),
+        (content_type != JSON).then_some(content_type),
         headers,
         message.from.as_ref().map(QueueName::as_str),
         message.body.as_ref(),
@@ -392,121 +468,4 @@ fn store(
         book.wake = true;
     }
     Ok(Receipt::new(stored == 0))
-}
-
-/// The counters of the queues that a transaction touches: read once, written once.
-#[derive(Debug, Default)]
-pub(super) struct Books(HashMap<QueueName, Option<Book>>);
-
-#[derive(Debug)]
-pub(super) struct Book {
-    pub(super) id: i64,
-    pub(super) delivery_limit: i64,
-    max_messages: Option<i64>,
-    next: i64,
-    pub(super) held: i64,
-    pub(super) dead: i64,
-    pub(super) consumer: Option<i64>,
-    changed: bool,
-    pub(super) wake: bool,
-}
-
-impl Books {
-    /// None if there is no such queue.
-    pub(super) fn of(
-        &mut self,
-        transaction: &Connection,
-        queue: &QueueName,
-    ) -> Result<Option<&mut Book>> {
-        if !self.0.contains_key(queue) {
-            let book = Book::read(transaction, queue)?;
-            self.0.insert(queue.clone(), book);
-        }
-        let book = self.0.get_mut(queue).and_then(Option::as_mut);
-        Ok(book.map(Book::touch))
-    }
-
-    pub(super) fn write(&self, transaction: &Connection) -> Result<()> {
-        for book in self.0.values().flatten().filter(|book| book.changed) {
-            transaction
-                .prepare_cached(
-                    "UPDATE queues SET next = ?2, held = ?3, dead = ?4, consumer = ?5 WHERE id = ?1",
-                )?
-                .execute(params![
-                    book.id,
-                    book.next,
-                    book.held,
-                    book.dead,
-                    book.consumer
-                ])?;
-        }
-        Ok(())
-    }
-
-    fn to_wake(&self) -> impl Iterator<Item = (&QueueName, i64)> {
-        self.0.iter().filter_map(|(queue, book)| {
-            let book = book.as_ref().filter(|book| book.wake)?;
-            Some((queue, book.consumer?))
-        })
-    }
-}
-
-impl Book {
-    pub(super) fn read(transaction: &Connection, queue: &QueueName) -> Result<Option<Self>> {
-        let book = transaction
-            .prepare_cached(
-                "SELECT id, delivery_limit, max_messages, next, held, dead, consumer
-                 FROM queues WHERE name = ?1",
-            )?
-            .query_row([queue.as_str()], |row| {
-                Ok(Self {
-                    id: row.get(0)?,
-                    delivery_limit: row.get(1)?,
-                    max_messages: row.get(2)?,
-                    next: row.get(3)?,
-                    held: row.get(4)?,
-                    dead: row.get(5)?,
-                    consumer: row.get(6)?,
-                    changed: false,
-                    wake: false,
-                })
-            })
-            .optional()?;
-        Ok(book)
-    }
-
-    fn touch(&mut self) -> &mut Self {
-        self.changed = true;
-        self
-    }
-
-    pub(super) fn is_full(&self) -> bool {
-        self.max_messages.is_some_and(|most| self.held >= most)
-    }
-
-    /// The row number of the next place.
-    pub(super) fn place(&self) -> Result<i64> {
-        let next = self.next + 1;
-        if next >> PLACE_BITS != 0 {
-            return Err(Error::new(
-                ErrorKind::BrokerRefused,
-                "the queue has had as many messages as one can have; make a new one",
-            ));
-        }
-        Ok(self.first() | next)
-    }
-
-    pub(super) fn take_place(&mut self) {
-        self.next += 1;
-    }
-
-    /// The row number before the first place.
-    pub(super) fn first(&self) -> i64 {
-        self.id << PLACE_BITS
-    }
-
-    /// The row number of the last place.
-    pub(super) fn last(&self) -> i64 {
-        self.first() | ((1 << PLACE_BITS) - 1)
-    }
 }
