@@ -63,7 +63,10 @@ fn run(cli: Cli, output: Output) -> Outcome {
             Command::Bench(args) => bench::run(&global, args, output).await,
             Command::Completions(args) => {
                 let mut command = Cli::command();
-                clap_complete::generate(args.shell, &mut command, "wilco", &mut std::io::stdout());
+                // Not into stdout itself: clap_complete panics when a reader goes away.
+                let mut script = Vec::new();
+                clap_complete::generate(args.shell, &mut command, "wilco", &mut script);
+                output::raw(&script);
                 Ok(ExitCode::SUCCESS)
             }
         }

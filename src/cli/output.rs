@@ -105,3 +105,8 @@ pub(super) fn rows() -> Option<usize> {
     let size = rustix::termios::tcgetwinsize(io::stderr()).ok()?;
     Some(usize::from(size.ws_row)).filter(|rows| *rows > 0)
 }
+
+/// Bytes to stdout as they are.
+pub(super) fn raw(bytes: &[u8]) {
+    let _ = io::stdout().lock().write_all(bytes);
+}
