@@ -87,9 +87,8 @@ consume!(
                     return lease.settle(settlement, by).await;
                 }
                 let before = last.lock().unwrap_or_else(PoisonError::into_inner).replace(lease);
-                match before {
-                    Some(before) => drop(before.settle(Settlement::Ack, by).await),
-                    None => {}
+                if let Some(before) = before {
+                    drop(before.settle(Settlement::Ack, by).await);
                 }
                 Ok(())
             }
@@ -147,7 +146,11 @@ impl Lease for Reusing {
             return Ok(());
         }
         loop {
-            let next = self.held.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let next = self
+                .held
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .pop();
             let Some(next) = next else { return Ok(()) };
             if let Some(lease) = next.take()
                 && lease.settle(settlement.clone(), by).await.is_ok()
@@ -273,6 +276,8 @@ impl Sabotage for AcksUnasked {
         options: ConsumeOptions,
         by: Deadline,
     ) -> Result<Box<dyn Consumer>> {
-        DroppingAcks::default().consume(inner, queue, options, by).await
+        DroppingAcks::default()
+            .consume(inner, queue, options, by)
+            .await
     }
 }

@@ -10,7 +10,11 @@ use wilco_conformance::{
 const SEED: u64 = 20_260_401;
 
 /// Runs a check; what cannot be run here has to be in `not_run`, with nothing else.
-pub async fn run(name: &str, harness: &dyn Harness, not_run: &[&str]) {
+#[expect(
+    clippy::print_stdout,
+    reason = "a test's output is where its evidence is read"
+)]
+pub(crate) async fn run(name: &str, harness: &dyn Harness, not_run: &[&str]) {
     let check = registry::find(name).expect("the list and the registry are one");
     let agent = env!("CARGO_BIN_EXE_wilco-conformance");
     let outcome = check
