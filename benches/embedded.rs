@@ -1,6 +1,6 @@
 //! The embedded broker against bare SQLite, in one run.
 //!
-//! `cargo bench --bench embedded [-- ROUNDS [DIRECTORY]]`
+//! `cargo bench --bench embedded [-- ROUNDS [DIRECTORY [publish | consume | ping]]]`
 //!
 //! The bare side is what one would write by hand for the same promise, and no more: one thread, one
 //! table, messages that wait together in one transaction, `synchronous=FULL`, an answer after the
@@ -36,16 +36,33 @@ fn main() {
     let place: PathBuf = arguments
         .get(1)
         .map_or_else(std::env::temp_dir, PathBuf::from);
+    let part = arguments.get(2).map(String::as_str);
+    let wants = |name| part.is_none_or(|part| part == name);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .unwrap();
-    println!("durable publish of {BODY} bytes, messages/s, median of {rounds} rounds");
+    println!("{rounds} rounds in {}", place.display());
+    if wants("publish") {
+        publishing(&runtime, &place, rounds);
+    }
+    if wants("consume") {
+        consuming(&runtime, &place, rounds);
+    }
+    if wants("ping") {
+        println!("ping round trip");
+        let directory = tempfile::tempdir_in(&place).unwrap();
+        runtime.block_on(pings(directory.path()));
+    }
+}
+
+fn publishing(runtime: &tokio::runtime::Runtime, place: &Path, rounds: usize) {
+    println!("durable publish of {BODY} bytes, messages/s, median");
     for (in_flight, messages) in [(1, 3_000), (64, 60_000), (1024, 120_000)] {
         let mut pairs = Vec::new();
         for round in 0..rounds {
-            let directory = tempfile::tempdir_in(&place).unwrap();
+            let directory = tempfile::tempdir_in(place).unwrap();
             let raw = || runtime.block_on(bare_publish(directory.path(), in_flight, messages));
             let ours = || runtime.block_on(publish(directory.path(), in_flight, messages));
             // Whoever comes second finds the disk as the first left it: so they swap.
@@ -59,11 +76,14 @@ fn main() {
         }
         report(&format!("{in_flight:>5} in flight"), pairs);
     }
-    println!("claim and ack of {BODY} bytes, messages/s");
+}
+
+fn consuming(runtime: &tokio::runtime::Runtime, place: &Path, rounds: usize) {
+    println!("claim and ack of {BODY} bytes, messages/s, median");
     for prefetch in [1, 64, 512] {
         let mut pairs = Vec::new();
         for _ in 0..rounds {
-            let directory = tempfile::tempdir_in(&place).unwrap();
+            let directory = tempfile::tempdir_in(place).unwrap();
             let messages = if prefetch == 1 { 3_000 } else { 60_000 };
             let raw = bare_consume(directory.path(), prefetch, messages);
             let ours = runtime.block_on(consume(directory.path(), prefetch, messages));
@@ -71,9 +91,6 @@ fn main() {
         }
         report(&format!("prefetch {prefetch:>4} "), pairs);
     }
-    println!("ping round trip");
-    let directory = tempfile::tempdir_in(&place).unwrap();
-    runtime.block_on(pings(directory.path()));
 }
 
 fn report(what: &str, mut pairs: Vec<(f64, f64)>) {

@@ -206,6 +206,15 @@ impl Lock {
     }
 }
 
+#[cfg(test)]
+impl Lock {
+    /// What the kernel does when the holder is killed: the lock goes, the file stays.
+    pub(super) fn die(self) {
+        self.file.unlock().expect("a lock can be freed");
+        std::mem::forget(self);
+    }
+}
+
 impl Drop for Lock {
     fn drop(&mut self) {
         // Before the lock goes with the file handle: afterwards it may be somebody else's.

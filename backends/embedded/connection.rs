@@ -59,6 +59,12 @@ impl std::fmt::Debug for Core {
     }
 }
 
+impl Drop for Core {
+    fn drop(&mut self) {
+        self.asking.clear();
+    }
+}
+
 /// Which databases are one and the same.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Key {

@@ -8,12 +8,12 @@
 use std::{
     collections::{HashMap, VecDeque},
     fmt,
-    sync::{Arc, Mutex},
+    sync::{Arc, LazyLock, Mutex},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use async_trait::async_trait;
-use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, params, types::ValueRef};
 use tokio::{
     net::UnixDatagram,
     sync::{Notify, oneshot},
@@ -39,6 +39,9 @@ use crate::{
 
 /// The content type that is not written out.
 pub(super) const JSON: &str = "application/json";
+
+static JSON_TYPE: LazyLock<MessageId> =
+    LazyLock::new(|| MessageId::new(JSON).expect("a content type is well formed"));
 
 /// The columns that [`read_message`] reads.
 pub(super) const MESSAGE: &str = "id, kind, content_type, headers, sender, body";
@@ -319,6 +322,11 @@ impl Hold {
         let mut state = lock(&self.state);
         state.released = true;
         state.proof = None;
+    }
+
+    #[cfg(test)]
+    pub(super) fn die(&self) {
+        lock(&self.state).proof.take().expect("alive").die();
     }
 
     fn one_less(&self) {
@@ -950,25 +958,24 @@ pub(super) fn read_message(row: &Row<'_>, at: usize) -> Result<Message> {
             format!("the database holds what wilco did not write: {error}"),
         )
     };
-    let id = |at: usize| -> Result<MessageId> {
-        MessageId::new(row.get::<_, String>(at)?).map_err(foreign)
-    };
-    let mut message = Message::new(
-        row.get::<_, String>(at + 1)?,
-        row.get::<_, Vec<u8>>(at + 5)?,
-    )
-    .map_err(foreign)?
-    .with_id(id(at)?);
-    if row.get_ref(at + 2)? != rusqlite::types::ValueRef::Null {
-        message = message.with_content_type(id(at + 2)?);
-    }
-    if let Some(headers) = row.get::<_, Option<String>>(at + 3)? {
-        let headers: Headers = serde_json::from_str(&headers)
-            .map_err(|error| foreign(Error::new(ErrorKind::Internal, error.to_string())))?;
-        message = message.with_headers(headers);
-    }
-    if let Some(sender) = row.get::<_, Option<String>>(at + 4)? {
-        message = message.with_from(sender.parse().map_err(foreign)?);
-    }
-    Ok(message)
+    let id = |at: usize| MessageId::new(row.get_ref(at)?.as_str().map_err(rusqlite::Error::from)?);
+    let id = |at: usize| id(at).map_err(foreign);
+    Ok(Message {
+        id: id(at)?,
+        kind: id(at + 1)?,
+        content_type: match row.get_ref(at + 2)? {
+            ValueRef::Null => JSON_TYPE.clone(),
+            _ => id(at + 2)?,
+        },
+        headers: match row.get::<_, Option<String>>(at + 3)? {
+            None => Headers::new(),
+            Some(headers) => serde_json::from_str(&headers)
+                .map_err(|error| foreign(Error::new(ErrorKind::Internal, error.to_string())))?,
+        },
+        from: match row.get::<_, Option<String>>(at + 4)? {
+            None => None,
+            Some(sender) => Some(sender.parse().map_err(foreign)?),
+        },
+        body: row.get::<_, Vec<u8>>(at + 5)?.into(),
+    })
 }

@@ -9,6 +9,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use rusqlite::{Connection, OptionalExtension as _, params};
@@ -31,6 +32,15 @@ use crate::{
 
 /// The most publishes and settlements that wait inside; more wait outside, up to their deadlines.
 const WAITING: usize = 4096;
+
+/// From how many on a crowd is waited for; until nobody came for this long; and no longer than this:
+/// far less than a sync takes.
+const CROWD: usize = 8;
+const STRAGGLER: Duration = Duration::from_micros(15);
+const GATHERING: Duration = Duration::from_micros(60);
+
+/// How long to wait before something is tried again that failed on the disk.
+const AGAIN: Duration = Duration::from_millis(300);
 
 /// How many places one queue has: the rest of a row's number is the queue's id.
 pub(super) const PLACE_BITS: u32 = 36;
@@ -78,6 +88,8 @@ pub(super) struct Inbox {
     room: Arc<Semaphore>,
     /// Items that nobody waits for, and that are not committed yet.
     loose: AtomicUsize,
+    /// How many came together lately.
+    crowd: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -93,6 +105,7 @@ impl Default for Inbox {
             waiting: Mutex::default(),
             room: Arc::new(Semaphore::new(WAITING)),
             loose: AtomicUsize::new(0),
+            crowd: AtomicUsize::new(0),
         }
     }
 }
@@ -116,7 +129,32 @@ impl Inbox {
     }
 
     fn is_empty(&self) -> bool {
-        lock(&self.waiting).items.is_empty()
+        self.len() == 0
+    }
+
+    fn len(&self) -> usize {
+        lock(&self.waiting).items.len()
+    }
+
+    /// Those who were answered together come back together, but the first of them does not have to
+    /// pay for a sync alone while the others are on their way. Who comes alone never waits.
+    fn gather(&self) {
+        let crowd = self.crowd.load(Ordering::Relaxed);
+        if crowd < CROWD {
+            return;
+        }
+        let begin = Instant::now();
+        let (mut there, mut since) = (self.len(), begin);
+        while there < crowd {
+            std::thread::yield_now();
+            let (now, more) = (Instant::now(), self.len());
+            if more > there {
+                (there, since) = (more, now);
+            }
+            if now - since > STRAGGLER || now - begin > GATHERING {
+                break;
+            }
+        }
     }
 }
 
@@ -176,6 +214,20 @@ impl Core {
         }
     }
 
+    /// What nobody waits for is nobody's to repeat: tried until the disk takes it.
+    fn try_again(self: &Arc<Self>, owed: Vec<Item>) {
+        lock(&self.inbox.waiting).items.splice(0..0, owed);
+        let core = Arc::clone(self);
+        let later = std::thread::Builder::new().spawn(move || {
+            std::thread::sleep(AGAIN);
+            // Fails when the store is closed, and then nothing is owed any more.
+            let _ = core.call_writer(None, true);
+        });
+        if let Err(error) = later {
+            tracing::warn!(%error, "what goes back waits for the next that comes");
+        }
+    }
+
     /// Has the writer do this operation, after the inbox.
     pub(super) fn after_inbox(self: &Arc<Self>, op: Box<dyn Op>, synced: bool) -> Result<()> {
         self.call_writer(Some(op), synced)
@@ -213,6 +265,13 @@ impl Op for Round {
         self.synced || !self.core.inbox.is_empty()
     }
 
+    fn gather(&self) {
+        // What need not be synced goes alone if nothing else is there.
+        if self.needs_sync() {
+            self.core.inbox.gather();
+        }
+    }
+
     fn is_wanted(&self) -> bool {
         self.then.as_ref().is_none_or(|op| op.is_wanted())
             || lock(&self.core.inbox.waiting)
@@ -229,6 +288,11 @@ impl Op for Round {
             let mut waiting = lock(&self.core.inbox.waiting);
             self.items = std::mem::take(&mut waiting.items);
             waiting.called = false;
+            drop(waiting);
+            // One small round does not make it forget.
+            let crowd = &self.core.inbox.crowd;
+            let lately = crowd.load(Ordering::Relaxed) / 2;
+            crowd.store(self.items.len().max(lately), Ordering::Relaxed);
         }
         let done = self.do_items(transaction).and_then(|()| {
             self.books.write(transaction)?;
@@ -260,8 +324,13 @@ impl Op for Round {
                 core.wake(queue, token);
             }
         }
+        let mut owed = Vec::new();
         for item in items {
             if item.is_loose() {
+                if matches!(fate, Fate::Lost(_)) {
+                    owed.push(item);
+                    continue;
+                }
                 core.inbox.loose.fetch_sub(1, Ordering::AcqRel);
             }
             match item {
@@ -281,6 +350,9 @@ impl Op for Round {
                 Item::Detach(_) => {}
                 Item::Release(hold) => hold.let_go(),
             }
+        }
+        if !owed.is_empty() {
+            core.try_again(owed);
         }
         if let Some(op) = then {
             op.finish(fate);
@@ -314,10 +386,14 @@ impl Round {
                 Item::Publish(publish) => {
                     if publish.ticket.start() {
                         let stored = store(transaction, books, &mut insert, publish);
-                        if stored.is_err() && transaction.is_autocommit() {
-                            return stored.map(|_| ());
-                        }
+                        let swept = stored.is_err() && transaction.is_autocommit();
                         publish.result = Some(stored);
+                        if swept {
+                            return Err(Error::new(
+                                ErrorKind::BrokerRefused,
+                                "a publish failed on the disk",
+                            ));
+                        }
                     }
                 }
                 Item::Settle(settle) => {
@@ -334,7 +410,7 @@ impl Round {
                     }
                 }
                 Item::Return(held) => {
-                    let back = Settlement::Retry(std::time::Duration::ZERO);
+                    let back = Settlement::Retry(Duration::ZERO);
                     let _: std::result::Result<(), Lost> =
                         consume::settle(transaction, books, held, &back)?;
                 }

@@ -23,7 +23,7 @@ use tokio::{
         UnixListener, UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
-    sync::{Semaphore, mpsc, oneshot},
+    sync::{Notify, Semaphore, mpsc, oneshot},
     task::AbortHandle,
 };
 
@@ -501,6 +501,7 @@ impl Asking {
             frames,
             pending: Mutex::default(),
             next: AtomicU64::new(0),
+            stop: Notify::new(),
         });
         lock(&self.0).insert(queue.clone(), Arc::clone(&line));
         let (core, queue, running) = (Arc::downgrade(core), queue.clone(), Arc::clone(&line));
@@ -534,6 +535,7 @@ struct Line {
     /// None once the connection has ended.
     pending: Mutex<Pending>,
     next: AtomicU64,
+    stop: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -599,6 +601,7 @@ impl Line {
         tokio::select! {
             () = reading => {}
             () = write_frames(write, frames) => {}
+            () = self.stop.notified() => {}
         }
     }
 
@@ -606,5 +609,7 @@ impl Line {
         let mut pending = lock(&self.pending);
         pending.ended = true;
         pending.answers.clear();
+        drop(pending);
+        self.stop.notify_one();
     }
 }

@@ -758,3 +758,113 @@ async fn broker_session(file: &File) -> Arc<super::Session> {
         .await
         .unwrap()
 }
+
+#[tokio::test]
+async fn c1_c4_c9_a_killed_consumer_is_taken_over_with_exact_counts() {
+    let file = File::new();
+    let (broker, apart) = (file.open().await, file.open_apart().await);
+    let queue = declared(&apart, "g").await;
+    for id in ["1", "2", "3"] {
+        publish(&apart, &queue, id).await;
+    }
+    let mut killed = attach(&broker, &queue, 8).await;
+    let first = next(&mut killed).await;
+    assert_eq!(counts(&apart, &queue).await, (0, 0, 3, 0, 1));
+    let session = broker_session(&file).await;
+    let holds: Vec<_> = super::connection::lock(&session.core.holds)
+        .values()
+        .filter_map(std::sync::Weak::upgrade)
+        .collect();
+    holds[0].die();
+    drop(holds);
+    assert_eq!(counts(&apart, &queue).await, (3, 0, 0, 0, 0));
+    let mut heir = attach(&apart, &queue, 8).await;
+    for (id, attempt) in [("1", 2), ("2", 1), ("3", 1)] {
+        let delivery = next(&mut heir).await;
+        assert_eq!(
+            (delivery.message.id.as_str(), delivery.attempt),
+            (id, attempt)
+        );
+        delivery.ack(soon()).await.unwrap();
+    }
+    let error = first.ack(soon()).await.unwrap_err();
+    assert_eq!(*error.kind(), ErrorKind::LeaseLost);
+    // What it had buffered before it was cut off it may still hand out, but settles nothing of.
+    let error = loop {
+        match soon().bound(killed.next()).await.unwrap() {
+            Ok(delivery) => {
+                let error = delivery.ack(soon()).await.unwrap_err();
+                assert_eq!(*error.kind(), ErrorKind::LeaseLost);
+            }
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(*error.kind(), ErrorKind::Conflict);
+    assert_eq!(counts(&broker, &queue).await, (0, 0, 0, 0, 1));
+}
+
+/// What is dropped while the disk is full goes back as soon as it is not.
+#[tokio::test]
+async fn f9_c10_a_drop_on_a_full_disk_is_not_forgotten() {
+    let file = File::new();
+    let broker = file.open().await;
+    let queue = declared(&broker, "g").await;
+    publish(&broker, &queue, "1").await;
+    let mut consumer = attach(&broker, &queue, 1).await;
+    let delivery = next(&mut consumer).await;
+    let session = broker_session(&file).await;
+    let limit = |sql: &'static str| {
+        let store = session.core.store.clone();
+        async move {
+            store
+                .write(soon(), move |connection| Ok(connection.execute_batch(sql)?))
+                .await
+                .unwrap();
+        }
+    };
+    // Any change of a delivery fails and takes the whole transaction with it, as a bad disk does.
+    limit(
+        "CREATE TEMP TRIGGER full BEFORE UPDATE ON main.deliveries
+         BEGIN SELECT RAISE(ROLLBACK, 'no'); END",
+    )
+    .await;
+    drop(delivery);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    limit("DROP TRIGGER full").await;
+    let delivery = next(&mut consumer).await;
+    assert_eq!(delivery.attempt, 2);
+    delivery.ack(soon()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p9_one_process_in_a_hurry_does_not_starve_another() {
+    let file = File::new();
+    let (hurried, other) = (file.open().await, file.open_apart().await);
+    let queue = declared(&hurried, "g").await;
+    let stop = Instant::now() + Duration::from_secs(2);
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..64 {
+        let (broker, queue) = (Arc::clone(&hurried), queue.clone());
+        tasks.spawn(async move {
+            let mut n = 0;
+            while Instant::now() < stop {
+                publish(&broker, &queue, &format!("{task}/{n}")).await;
+                n += 1;
+            }
+        });
+    }
+    let (mut count, mut worst) = (0, Duration::ZERO);
+    while Instant::now() < stop {
+        let begin = Instant::now();
+        publish(&other, &queue, &format!("other/{count}")).await;
+        worst = worst.max(begin.elapsed());
+        count += 1;
+    }
+    while let Some(task) = tasks.join_next().await {
+        task.unwrap();
+    }
+    assert!(
+        worst < Duration::from_secs(1),
+        "{count} published, at worst in {worst:?}"
+    );
+}

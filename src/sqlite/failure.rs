@@ -54,6 +54,15 @@ impl Failure {
         }
     }
 
+    /// SQLite answers some errors of one operation, such as a full disk, with a rollback of all.
+    pub(super) fn swept() -> Self {
+        Self {
+            kind: ErrorKind::BrokerRefused,
+            message: "a write beside this one failed on the disk, and both were rolled back".into(),
+            outcome: Outcome::NotStored,
+        }
+    }
+
     pub(super) fn panicked() -> Self {
         Self {
             kind: ErrorKind::Internal,

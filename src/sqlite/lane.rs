@@ -38,6 +38,8 @@ pub(crate) trait Op: Send {
     }
     /// Whether anybody still wants it. Asked while another process is in the way.
     fn is_wanted(&self) -> bool;
+    /// Waits a moment for company, before the transaction begins: for those that come in crowds.
+    fn gather(&self) {}
     /// Does it, in a transaction; `synced` says whether its commit will be synced. What it must take
     /// back it takes back itself.
     fn run(&mut self, transaction: &Connection, synced: bool);
@@ -246,6 +248,9 @@ struct Thread {
 impl Thread {
     fn transact(&mut self, mut waiting: VecDeque<Box<dyn Op>>) {
         while !waiting.is_empty() {
+            for op in &waiting {
+                op.gather();
+            }
             let relaxed = self.can_relax && !waiting.iter().any(|op| op.needs_sync());
             if let Err(error) = self.relax(relaxed).and_then(|()| self.begin(&mut waiting)) {
                 let failure = Failure::rolled_back(&error);
@@ -259,10 +264,7 @@ impl Thread {
                 if run.is_err() {
                     lost = Some(Failure::panicked());
                 } else if self.connection.is_autocommit() {
-                    // SQLite answers some errors, a full disk among them, with a rollback of all.
-                    let full = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_FULL);
-                    let error = rusqlite::Error::SqliteFailure(full, None);
-                    lost = Some(Failure::rolled_back(&error));
+                    lost = Some(Failure::swept());
                 }
                 if lost.is_some() {
                     break;
