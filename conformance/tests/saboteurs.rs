@@ -25,7 +25,11 @@ async fn x1_every_saboteur_is_caught_by_its_check() {
         let outcome = check.run_on(&harness, &Options::new(1, None)).await;
         match outcome.result {
             Err(CheckError::Failed(failure)) => {
-                println!("{saboteur:?}: {} / {}", failure.expected, failure.seen);
+                let time = outcome.elapsed;
+                println!(
+                    "{saboteur:?}, {time:.1?}: {} / {}",
+                    failure.expected, failure.seen
+                );
                 None
             }
             other => Some(format!("{saboteur:?}: {other:?}")),

@@ -2,7 +2,10 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -59,6 +62,26 @@ consume!(
             };
             lease.settle(settlement, by).await
         }))
+    }
+);
+
+consume!(
+    /// Says Ok to every fiftieth ack and gives the message back.
+    ForgetsOneAckInFifty { count: Arc<AtomicU64> },
+    |this, inner, queue, options, by| {
+        let count = Arc::clone(&this.count);
+        let inner = inner.consume(queue, options, by).await?;
+        Ok(settling(
+            inner,
+            move |lease: Box<dyn Lease>, settlement, by| {
+                let forgets = count.fetch_add(1, Ordering::Relaxed) % 50 == 49;
+                let settlement = match settlement {
+                    Settlement::Ack if forgets => Settlement::Retry(Duration::ZERO),
+                    other => other,
+                };
+                async move { lease.settle(settlement, by).await }
+            },
+        ))
     }
 );
 
