@@ -77,7 +77,7 @@ static CORES: LazyLock<Mutex<HashMap<Key, Weak<Core>>>> = LazyLock::new(Mutex::d
 
 /// One handle's part.
 #[derive(Debug)]
-pub(super) struct Session {
+pub(super) struct Handle {
     pub(super) core: Arc<Core>,
     closed: watch::Sender<bool>,
     left: AtomicBool,
@@ -90,7 +90,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-pub(super) async fn connect(url: &BrokerUrl) -> Result<Arc<Session>> {
+pub(super) async fn connect(url: &BrokerUrl) -> Result<Arc<Handle>> {
     let (location, sync, name) = if url.scheme() == "memory" {
         url.only_options(&[])?;
         let name = url.path()?.to_string_lossy().into_owned();
@@ -113,8 +113,8 @@ pub(super) async fn connect(url: &BrokerUrl) -> Result<Arc<Session>> {
             .filter(|name| !name.is_empty())
             .map(Key::Memory),
     };
-    if let Some(session) = known.as_ref().and_then(|key| join(key, None)) {
-        return Ok(session);
+    if let Some(handle) = known.as_ref().and_then(|key| join(key, None)) {
+        return Ok(handle);
     }
     let store = Store::open_with(location, &SCHEMA, sync).await?;
     let attachments = match store.location() {
@@ -134,34 +134,34 @@ pub(super) async fn connect(url: &BrokerUrl) -> Result<Arc<Session>> {
     });
     Ok(match key {
         // Somebody may have opened it meanwhile: then theirs is used, and this one goes.
-        Some(key) => join(&key, Some(&core)).unwrap_or_else(|| Session::new(core)),
-        None => Session::new(core),
+        Some(key) => join(&key, Some(&core)).unwrap_or_else(|| Handle::new(core)),
+        None => Handle::new(core),
     })
 }
 
-impl Drop for Session {
+impl Drop for Handle {
     fn drop(&mut self) {
         self.leave();
     }
 }
 
 /// A handle to what is open already, or else to `new`.
-fn join(key: &Key, new: Option<&Arc<Core>>) -> Option<Arc<Session>> {
+fn join(key: &Key, new: Option<&Arc<Core>>) -> Option<Arc<Handle>> {
     let mut cores = lock(&CORES);
     let there = cores
         .get(key)
         .and_then(Weak::upgrade)
         .filter(|core| core.handles.load(Ordering::Acquire) > 0);
     if let Some(core) = there {
-        return Some(Session::new(core));
+        return Some(Handle::new(core));
     }
     let new = new?;
     cores.retain(|_, core| core.strong_count() > 0);
     cores.insert(key.clone(), Arc::downgrade(new));
-    Some(Session::new(Arc::clone(new)))
+    Some(Handle::new(Arc::clone(new)))
 }
 
-impl Session {
+impl Handle {
     /// To be called with the list of databases locked, where the core is in it.
     fn new(core: Arc<Core>) -> Arc<Self> {
         core.handles.fetch_add(1, Ordering::AcqRel);

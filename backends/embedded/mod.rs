@@ -1,15 +1,20 @@
 //! The embedded broker, on SQLite: the library is the broker, in every process that opens the file.
 //!
 //! One writer thread per process and file stores what waits together in one transaction (`publish`).
-//! A queue's one consumer claims rows in batches and hands them out one by one (`consume`). Who is
+//! A queue's one consumer claims rows in batches (`claim`), hands them out one by one (`consume`), and
+//! they end as `settle` says. Who is
 //! alive is the operating system's word, not a heartbeat's (`attach`). Requests go over Unix sockets
 //! and touch no file (`requests`).
 
 mod attach;
+mod books;
+mod claim;
 mod connection;
 mod consume;
 mod publish;
 mod requests;
+mod row;
+mod settle;
 mod topology;
 
 use std::{num::NonZeroU32, sync::Arc};
@@ -17,7 +22,7 @@ use std::{num::NonZeroU32, sync::Arc};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use self::connection::Session;
+use self::connection::Handle;
 use crate::{
     broker::{
         Broker, ConsumeOptions, Consumer, DeadLetter, DeadLetterKey, Declared, DeleteMode,
@@ -92,19 +97,19 @@ static SCHEMA: Schema = Schema {
 };
 
 pub(crate) async fn connect(url: &BrokerUrl) -> Result<Arc<dyn Broker>> {
-    let session = connection::connect(url).await.map_err(|error| {
+    let handle = connection::connect(url).await.map_err(|error| {
         error
             .without_outcome()
             .with_operation("connect")
             .with_backend(BACKEND)
     })?;
-    Ok(Arc::new(Embedded { session }))
+    Ok(Arc::new(Embedded { handle }))
 }
 
 /// One handle.
 #[derive(Debug)]
 struct Embedded {
-    session: Arc<Session>,
+    handle: Arc<Handle>,
 }
 
 /// Says where an error happened.
@@ -133,19 +138,19 @@ impl Broker for Embedded {
     }
 
     async fn declare(&self, spec: &QueueSpec, deadline: Deadline) -> Result<Declared> {
-        topology::declare(&self.session, spec, deadline)
+        topology::declare(&self.handle, spec, deadline)
             .await
             .map_err(at("declare", &spec.name))
     }
 
     async fn status(&self, queue: &QueueName, deadline: Deadline) -> Result<QueueStatus> {
-        topology::status(&self.session, queue, deadline)
+        topology::status(&self.handle, queue, deadline)
             .await
             .map_err(at("status", queue))
     }
 
     async fn list(&self, deadline: Deadline) -> Result<Vec<QueueStatus>> {
-        topology::list(&self.session, deadline)
+        topology::list(&self.handle, deadline)
             .await
             .map_err(|error| {
                 error
@@ -161,7 +166,7 @@ impl Broker for Embedded {
         mode: DeleteMode,
         deadline: Deadline,
     ) -> Result<Discarded> {
-        topology::delete(&self.session, queue, mode, deadline)
+        topology::delete(&self.handle, queue, mode, deadline)
             .await
             .map_err(at("delete", queue))
     }
@@ -172,7 +177,7 @@ impl Broker for Embedded {
         message: Message,
         deadline: Deadline,
     ) -> Result<Receipt> {
-        publish::publish(&self.session, queue, message, deadline)
+        publish::publish(&self.handle, queue, message, deadline)
             .await
             .map_err(|error| {
                 // Whatever has no other outcome failed before it came near the database.
@@ -187,7 +192,7 @@ impl Broker for Embedded {
         options: ConsumeOptions,
         deadline: Deadline,
     ) -> Result<Box<dyn Consumer>> {
-        consume::consume(&self.session, queue, options, deadline)
+        consume::consume(&self.handle, queue, options, deadline)
             .await
             .map_err(at("consume", queue))
     }
@@ -199,7 +204,7 @@ impl Broker for Embedded {
         limit: NonZeroU32,
         deadline: Deadline,
     ) -> Result<Vec<DeadLetter>> {
-        topology::dead_letters(&self.session, queue, after, limit, deadline)
+        topology::dead_letters(&self.handle, queue, after, limit, deadline)
             .await
             .map_err(at("dead_letters", queue))
     }
@@ -210,27 +215,27 @@ impl Broker for Embedded {
         key: &DeadLetterKey,
         deadline: Deadline,
     ) -> Result<bool> {
-        topology::redrive(&self.session, queue, key, deadline)
+        topology::redrive(&self.handle, queue, key, deadline)
             .await
             .map_err(at("redrive", queue))
     }
 
     async fn request(&self, lane: &GuestAddress, body: Bytes, deadline: Deadline) -> Result<Bytes> {
         let queue = lane.queue();
-        requests::request(&self.session, &queue, body, deadline)
+        requests::request(&self.handle, &queue, body, deadline)
             .await
             .map_err(at("request", &queue))
     }
 
     async fn respond(&self, lane: &GuestAddress, deadline: Deadline) -> Result<Box<dyn Responder>> {
         let queue = lane.queue();
-        requests::respond(&self.session, &queue, deadline)
+        requests::respond(&self.handle, &queue, deadline)
             .await
             .map_err(at("respond", &queue))
     }
 
     async fn durability(&self, deadline: Deadline) -> Result<DurabilityReport> {
-        self.session.durability(deadline).await.map_err(|error| {
+        self.handle.durability(deadline).await.map_err(|error| {
             error
                 .without_outcome()
                 .with_operation("durability")
@@ -239,7 +244,7 @@ impl Broker for Embedded {
     }
 
     async fn close(&self, deadline: Deadline) -> Result<()> {
-        self.session.close(deadline).await.map_err(|error| {
+        self.handle.close(deadline).await.map_err(|error| {
             error
                 .without_outcome()
                 .with_operation("close")

@@ -4,7 +4,6 @@
 //! counters are read once and written once, however many messages there are.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -12,14 +11,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, params};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::{
-    MAX_BODY_BYTES, closed,
-    connection::{Core, Session, lock},
-    consume::{self, Hold, Lost},
+    MAX_BODY_BYTES,
+    books::Books,
+    closed,
+    connection::{Core, Handle, lock},
+    consume::{Held, Hold, Lost},
     no_queue,
+    row::JSON,
+    settle,
 };
 use crate::{
     broker::{Receipt, Settlement},
@@ -42,16 +45,13 @@ const GATHERING: Duration = Duration::from_micros(60);
 /// How long to wait before something is tried again that failed on the disk.
 const AGAIN: Duration = Duration::from_millis(300);
 
-/// How many places one queue has: the rest of a row's number is the queue's id.
-pub(super) const PLACE_BITS: u32 = 36;
-
 pub(super) async fn publish(
-    session: &Session,
+    handle: &Handle,
     queue: &QueueName,
     message: Message,
     deadline: Deadline,
 ) -> Result<Receipt> {
-    let core = session.open()?;
+    let core = handle.open()?;
     if message.body.len() > MAX_BODY_BYTES {
         let limit = MAX_BODY_BYTES as u64;
         return Err(Error::new(
@@ -163,7 +163,7 @@ pub(super) enum Item {
     Publish(Publish),
     Settle(Settle),
     /// A delivery that was dropped: it goes back, and nobody waits.
-    Return(consume::Held),
+    Return(Held),
     /// A consumer that was dropped: what it only buffered goes back.
     Detach(Arc<Hold>),
     /// A handle that was closed: all that its consumer holds goes back.
@@ -189,7 +189,7 @@ pub(super) struct Publish {
 
 #[derive(Debug)]
 pub(super) struct Settle {
-    pub(super) held: consume::Held,
+    pub(super) held: Held,
     pub(super) settlement: Settlement,
     pub(super) ticket: Ticket,
     pub(super) result: Option<Result<()>>,
@@ -402,7 +402,7 @@ impl Round {
                             held, settlement, ..
                         } = settle;
                         settle.result = Some(
-                            match consume::settle(transaction, books, held, settlement)? {
+                            match settle::settle(transaction, books, held, settlement)? {
                                 Ok(()) => Ok(()),
                                 Err(lost) => Err(lost.error()),
                             },
@@ -412,10 +412,10 @@ impl Round {
                 Item::Return(held) => {
                     let back = Settlement::Retry(Duration::ZERO);
                     let _: std::result::Result<(), Lost> =
-                        consume::settle(transaction, books, held, &back)?;
+                        settle::settle(transaction, books, held, &back)?;
                 }
-                Item::Detach(hold) => consume::detach(transaction, books, hold)?,
-                Item::Release(hold) => consume::release(transaction, books, hold)?,
+                Item::Detach(hold) => settle::detach(transaction, books, hold)?,
+                Item::Release(hold) => settle::release(transaction, books, hold)?,
             }
         }
         Ok(())
@@ -457,7 +457,7 @@ fn store(
         book.id,
         message.id.as_str(),
         message.kind.as_str(),
-        (content_type != consume::JSON).then_some(content_type),
+        (content_type != JSON).then_some(content_type),
         headers,
         message.from.as_ref().map(QueueName::as_str),
         message.body.as_ref(),
@@ -468,121 +468,4 @@ fn store(
         book.wake = true;
     }
     Ok(Receipt::new(stored == 0))
-}
-
-/// The counters of the queues that a transaction touches: read once, written once.
-#[derive(Debug, Default)]
-pub(super) struct Books(HashMap<QueueName, Option<Book>>);
-
-#[derive(Debug)]
-pub(super) struct Book {
-    pub(super) id: i64,
-    pub(super) delivery_limit: i64,
-    max_messages: Option<i64>,
-    next: i64,
-    pub(super) held: i64,
-    pub(super) dead: i64,
-    pub(super) consumer: Option<i64>,
-    changed: bool,
-    pub(super) wake: bool,
-}
-
-impl Books {
-    /// None if there is no such queue.
-    pub(super) fn of(
-        &mut self,
-        transaction: &Connection,
-        queue: &QueueName,
-    ) -> Result<Option<&mut Book>> {
-        if !self.0.contains_key(queue) {
-            let book = Book::read(transaction, queue)?;
-            self.0.insert(queue.clone(), book);
-        }
-        let book = self.0.get_mut(queue).and_then(Option::as_mut);
-        Ok(book.map(Book::touch))
-    }
-
-    pub(super) fn write(&self, transaction: &Connection) -> Result<()> {
-        for book in self.0.values().flatten().filter(|book| book.changed) {
-            transaction
-                .prepare_cached(
-                    "UPDATE queues SET next = ?2, held = ?3, dead = ?4, consumer = ?5 WHERE id = ?1",
-                )?
-                .execute(params![
-                    book.id,
-                    book.next,
-                    book.held,
-                    book.dead,
-                    book.consumer
-                ])?;
-        }
-        Ok(())
-    }
-
-    fn to_wake(&self) -> impl Iterator<Item = (&QueueName, i64)> {
-        self.0.iter().filter_map(|(queue, book)| {
-            let book = book.as_ref().filter(|book| book.wake)?;
-            Some((queue, book.consumer?))
-        })
-    }
-}
-
-impl Book {
-    pub(super) fn read(transaction: &Connection, queue: &QueueName) -> Result<Option<Self>> {
-        let book = transaction
-            .prepare_cached(
-                "SELECT id, delivery_limit, max_messages, next, held, dead, consumer
-                 FROM queues WHERE name = ?1",
-            )?
-            .query_row([queue.as_str()], |row| {
-                Ok(Self {
-                    id: row.get(0)?,
-                    delivery_limit: row.get(1)?,
-                    max_messages: row.get(2)?,
-                    next: row.get(3)?,
-                    held: row.get(4)?,
-                    dead: row.get(5)?,
-                    consumer: row.get(6)?,
-                    changed: false,
-                    wake: false,
-                })
-            })
-            .optional()?;
-        Ok(book)
-    }
-
-    fn touch(&mut self) -> &mut Self {
-        self.changed = true;
-        self
-    }
-
-    pub(super) fn is_full(&self) -> bool {
-        self.max_messages.is_some_and(|most| self.held >= most)
-    }
-
-    /// The row number of the next place.
-    pub(super) fn place(&self) -> Result<i64> {
-        let next = self.next + 1;
-        if next >> PLACE_BITS != 0 {
-            return Err(Error::new(
-                ErrorKind::BrokerRefused,
-                "the queue has had as many messages as one can have; make a new one",
-            ));
-        }
-        Ok(self.first() | next)
-    }
-
-    pub(super) fn take_place(&mut self) {
-        self.next += 1;
-    }
-
-    /// The row number before the first place.
-    pub(super) fn first(&self) -> i64 {
-        self.id << PLACE_BITS
-    }
-
-    /// The row number of the last place.
-    pub(super) fn last(&self) -> i64 {
-        self.first() | ((1 << PLACE_BITS) - 1)
-    }
 }

@@ -30,7 +30,7 @@ use tokio::{
 use super::{
     attach::Lock,
     closed,
-    connection::{Core, Session, lock},
+    connection::{Core, Handle, lock},
     consume::take_patiently,
 };
 use crate::{
@@ -56,17 +56,17 @@ const IDLE: Duration = Duration::from_secs(10);
 const HEAD: usize = 12;
 
 pub(super) async fn request(
-    session: &Session,
+    handle: &Handle,
     queue: &QueueName,
     body: Bytes,
     deadline: Deadline,
 ) -> Result<Bytes> {
-    let core = session.open()?;
+    let core = handle.open()?;
     check_size(&body)?;
     tokio::select! {
         biased;
         answer = ask(core, queue, body, deadline) => answer,
-        () = session.until_closed() => Err(closed()),
+        () = handle.until_closed() => Err(closed()),
     }
 }
 
@@ -162,11 +162,11 @@ fn silent() -> Error {
 }
 
 pub(super) async fn respond(
-    session: &Arc<Session>,
+    handle: &Arc<Handle>,
     queue: &QueueName,
     deadline: Deadline,
 ) -> Result<Box<dyn Responder>> {
-    let core = session.open()?;
+    let core = handle.open()?;
     let taken = || {
         Error::new(
             ErrorKind::Conflict,
@@ -211,9 +211,9 @@ pub(super) async fn respond(
         }
         lanes.insert(queue.clone(), Here { requests });
     }
-    session.remember_lane(&lane);
+    handle.remember_lane(&lane);
     Ok(Box::new(Answering {
-        session: Arc::clone(session),
+        handle: Arc::clone(handle),
         lane,
         incoming,
     }))
@@ -272,7 +272,7 @@ impl Drop for Lane {
 
 #[derive(Debug)]
 struct Answering {
-    session: Arc<Session>,
+    handle: Arc<Handle>,
     lane: Arc<Lane>,
     incoming: mpsc::Receiver<Incoming>,
 }
@@ -290,7 +290,7 @@ impl Responder for Answering {
         loop {
             tokio::select! {
                 biased;
-                () = self.session.until_closed() => {
+                () = self.handle.until_closed() => {
                     // Whoever waits for an answer learns that nobody is there.
                     self.incoming.close();
                     return Err(super::at("respond", &queue)(closed()));

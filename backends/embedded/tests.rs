@@ -708,8 +708,8 @@ async fn p2_f9_a_full_disk_refuses_and_loses_nothing() {
     let file = File::new();
     let broker = file.open().await;
     let queue = declared(&broker, "g").await;
-    let session = broker_session(&file).await;
-    session
+    let handle = broker_handle(&file).await;
+    handle
         .core
         .store
         .write(soon(), |connection| {
@@ -734,7 +734,7 @@ async fn p2_f9_a_full_disk_refuses_and_loses_nothing() {
     assert_eq!(*refused.kind(), ErrorKind::BrokerRefused, "{refused}");
     assert_eq!(refused.outcome(), Some(Outcome::NotStored));
     assert!(refused.to_string().contains("disk full"), "{refused}");
-    session
+    handle
         .core
         .store
         .write(soon(), |connection| {
@@ -753,7 +753,7 @@ async fn p2_f9_a_full_disk_refuses_and_loses_nothing() {
     nothing(&mut consumer).await;
 }
 
-async fn broker_session(file: &File) -> Arc<super::Session> {
+async fn broker_handle(file: &File) -> Arc<super::Handle> {
     super::connection::connect(&file.url("").parse().unwrap())
         .await
         .unwrap()
@@ -770,8 +770,8 @@ async fn c1_c4_c9_a_killed_consumer_is_taken_over_with_exact_counts() {
     let mut killed = attach(&broker, &queue, 8).await;
     let first = next(&mut killed).await;
     assert_eq!(counts(&apart, &queue).await, (0, 0, 3, 0, 1));
-    let session = broker_session(&file).await;
-    let holds: Vec<_> = super::connection::lock(&session.core.holds)
+    let handle = broker_handle(&file).await;
+    let holds: Vec<_> = super::connection::lock(&handle.core.holds)
         .values()
         .filter_map(std::sync::Weak::upgrade)
         .collect();
@@ -812,9 +812,9 @@ async fn f9_c10_a_drop_on_a_full_disk_is_not_forgotten() {
     publish(&broker, &queue, "1").await;
     let mut consumer = attach(&broker, &queue, 1).await;
     let delivery = next(&mut consumer).await;
-    let session = broker_session(&file).await;
+    let handle = broker_handle(&file).await;
     let limit = |sql: &'static str| {
-        let store = session.core.store.clone();
+        let store = handle.core.store.clone();
         async move {
             store
                 .write(soon(), move |connection| Ok(connection.execute_batch(sql)?))

@@ -5,10 +5,11 @@ use std::{num::NonZeroU32, sync::Arc};
 use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::{
-    connection::{Core, Session},
-    consume::{MESSAGE, now_ms, read_message},
+    books::Book,
+    connection::{Core, Handle},
     no_queue,
-    publish::Book,
+    row::{MESSAGE, read_message},
+    settle::now_ms,
 };
 use crate::{
     broker::{DeadLetter, DeadLetterKey, Declared, DeleteMode, Discarded, QueueSpec, QueueStatus},
@@ -19,11 +20,11 @@ use crate::{
 };
 
 pub(super) async fn declare(
-    session: &Session,
+    handle: &Handle,
     spec: &QueueSpec,
     deadline: Deadline,
 ) -> Result<Declared> {
-    let core = session.open()?;
+    let core = handle.open()?;
     // Mostly it is there: a look takes no turn at writing.
     let there = {
         let spec = spec.clone();
@@ -85,11 +86,11 @@ fn compare(connection: &Connection, asked: &QueueSpec) -> Result<bool> {
 }
 
 pub(super) async fn status(
-    session: &Session,
+    handle: &Handle,
     queue: &QueueName,
     deadline: Deadline,
 ) -> Result<QueueStatus> {
-    let core = session.open()?;
+    let core = handle.open()?;
     let (of, queue) = (Arc::clone(core), queue.clone());
     core.look(deadline, move |connection| {
         let book = Book::read(connection, &queue)?.ok_or_else(no_queue)?;
@@ -98,8 +99,8 @@ pub(super) async fn status(
     .await
 }
 
-pub(super) async fn list(session: &Session, deadline: Deadline) -> Result<Vec<QueueStatus>> {
-    let core = session.open()?;
+pub(super) async fn list(handle: &Handle, deadline: Deadline) -> Result<Vec<QueueStatus>> {
+    let core = handle.open()?;
     let of = Arc::clone(core);
     core.look(deadline, move |connection| {
         let names: Vec<String> = connection
@@ -154,12 +155,12 @@ fn unsigned(number: i64) -> u64 {
 }
 
 pub(super) async fn delete(
-    session: &Session,
+    handle: &Handle,
     queue: &QueueName,
     mode: DeleteMode,
     deadline: Deadline,
 ) -> Result<Discarded> {
-    let core = session.open()?;
+    let core = handle.open()?;
     let (discarded, consumer) = {
         let queue = queue.clone();
         core.change(deadline, move |transaction| {
@@ -220,13 +221,13 @@ fn remove_queue(
 }
 
 pub(super) async fn dead_letters(
-    session: &Session,
+    handle: &Handle,
     queue: &QueueName,
     after: Option<&DeadLetterKey>,
     limit: NonZeroU32,
     deadline: Deadline,
 ) -> Result<Vec<DeadLetter>> {
-    let core = session.open()?;
+    let core = handle.open()?;
     let after = after
         .map(|key| {
             place_of(key).ok_or_else(|| {
@@ -262,12 +263,12 @@ fn place_of(key: &DeadLetterKey) -> Option<i64> {
 }
 
 pub(super) async fn redrive(
-    session: &Session,
+    handle: &Handle,
     queue: &QueueName,
     key: &DeadLetterKey,
     deadline: Deadline,
 ) -> Result<bool> {
-    let core = session.open()?;
+    let core = handle.open()?;
     let seq = place_of(key);
     let (moved, consumer) = {
         let queue = queue.clone();
