@@ -9,7 +9,12 @@ const Q: &str = "wilco.q.a.1";
 
 /// A history of these events, one nanosecond apart.
 fn history(events: impl IntoIterator<Item = Event>) -> Vec<Entry> {
-    let entry = |(ns, event)| Entry { ns, process: 1, seed: 0, event };
+    let entry = |(ns, event)| Entry {
+        ns,
+        process: 1,
+        seed: 0,
+        event,
+    };
     (1..).zip(events).map(entry).collect()
 }
 
@@ -18,16 +23,32 @@ fn verdict(events: impl IntoIterator<Item = Event>) -> Verdict {
 }
 
 fn attempt(id: &str) -> Event {
-    Event::Attempt { queue: Q.into(), id: id.into() }
+    Event::Attempt {
+        queue: Q.into(),
+        id: id.into(),
+    }
 }
 fn answer(id: &str, answer: Answer) -> Event {
-    Event::Answer { queue: Q.into(), id: id.into(), answer }
+    Event::Answer {
+        queue: Q.into(),
+        id: id.into(),
+        answer,
+    }
 }
 fn delivery(id: &str, attempt: u32) -> Event {
-    Event::Delivery { queue: Q.into(), id: id.into(), attempt }
+    Event::Delivery {
+        queue: Q.into(),
+        id: id.into(),
+        attempt,
+    }
 }
 fn settled(id: &str, how: How, ok: bool) -> Event {
-    Event::Settled { queue: Q.into(), id: id.into(), how, ok }
+    Event::Settled {
+        queue: Q.into(),
+        id: id.into(),
+        how,
+        ok,
+    }
 }
 fn acked(id: &str) -> Event {
     settled(id, How::Ack, true)
@@ -44,7 +65,10 @@ fn a_plain_history_is_clean() {
     let [a, b] = stored("m");
     let verdict = verdict([a, b, delivery("m", 1), acked("m"), drained()]);
     assert!(verdict.is_clean(), "{verdict}");
-    assert_eq!((verdict.confirmed, verdict.deliveries, verdict.acked), (1, 1, 1));
+    assert_eq!(
+        (verdict.confirmed, verdict.deliveries, verdict.acked),
+        (1, 1, 1)
+    );
 }
 
 #[test]
@@ -58,7 +82,10 @@ fn confirmed_and_not_delivered_is_lost() {
 #[test]
 fn confirmed_and_found_elsewhere_is_not_lost() {
     let [a, b] = stored("m");
-    let found = Event::Found { queue: Q.into(), id: "m".into() };
+    let found = Event::Found {
+        queue: Q.into(),
+        id: "m".into(),
+    };
     assert!(verdict([a, b, found, drained()]).is_clean());
 }
 
@@ -86,7 +113,11 @@ fn delivered_before_its_not_stored_is_a_phantom_too() {
 fn delivered_in_another_queue_is_a_phantom_and_lost() {
     let [a, b] = stored("m");
     let other = "wilco.q.b.1".to_owned();
-    let astray = Event::Delivery { queue: other.clone(), id: "m".into(), attempt: 1 };
+    let astray = Event::Delivery {
+        queue: other.clone(),
+        id: "m".into(),
+        attempt: 1,
+    };
     let verdict = verdict([a, b, astray, drained(), Event::Drained { queue: other }]);
     assert_eq!((verdict.lost.len(), verdict.phantom.len()), (1, 1));
 }
@@ -101,7 +132,14 @@ fn delivered_before_the_answer_is_no_phantom() {
 #[test]
 fn delivered_after_an_ok_ack_is_a_duplicate() {
     let [a, b] = stored("m");
-    let verdict = verdict([a, b, delivery("m", 1), acked("m"), delivery("m", 2), drained()]);
+    let verdict = verdict([
+        a,
+        b,
+        delivery("m", 1),
+        acked("m"),
+        delivery("m", 2),
+        drained(),
+    ]);
     assert_eq!(verdict.duplicate_after_ack.len(), 1);
 }
 
@@ -117,7 +155,15 @@ fn delivered_after_it_was_dead_is_a_duplicate() {
 fn delivered_after_an_ack_without_ok_is_a_redelivery() {
     let [a, b] = stored("m");
     let failed = settled("m", How::Ack, false);
-    let events = [a, b, delivery("m", 1), failed, delivery("m", 2), acked("m"), drained()];
+    let events = [
+        a,
+        b,
+        delivery("m", 1),
+        failed,
+        delivery("m", 2),
+        acked("m"),
+        drained(),
+    ];
     let verdict = verdict(events);
     assert!(verdict.is_clean(), "{verdict}");
     assert_eq!((verdict.redelivered, verdict.resent), (1, 0));
@@ -127,7 +173,16 @@ fn delivered_after_an_ack_without_ok_is_a_redelivery() {
 fn a_further_attempt_explains_one_delivery_after_an_ack_and_no_more() {
     let [a, b] = stored("m");
     let [c, d] = stored("m");
-    let mut events = vec![a, b, delivery("m", 1), acked("m"), c, d, delivery("m", 1), acked("m")];
+    let mut events = vec![
+        a,
+        b,
+        delivery("m", 1),
+        acked("m"),
+        c,
+        d,
+        delivery("m", 1),
+        acked("m"),
+    ];
     events.push(drained());
     let once = verdict(events.clone());
     assert!(once.is_clean(), "{once}");
@@ -141,15 +196,34 @@ fn a_refused_attempt_explains_nothing() {
     let [a, b] = stored("m");
     let refused = [attempt("m"), answer("m", Answer::NotStored)];
     let [c, d] = refused;
-    let events = [a, b, delivery("m", 1), acked("m"), c, d, delivery("m", 2), drained()];
+    let events = [
+        a,
+        b,
+        delivery("m", 1),
+        acked("m"),
+        c,
+        d,
+        delivery("m", 2),
+        drained(),
+    ];
     assert_eq!(verdict(events).duplicate_after_ack.len(), 1);
 }
 
 #[test]
 fn delivered_after_unknown_is_recovered_and_after_nothing_too() {
     let unknown = answer("m", Answer::Unknown);
-    let events = [attempt("m"), unknown, delivery("m", 1), acked("m"), attempt("n")];
-    let verdict = verdict(events.into_iter().chain([delivery("n", 1), acked("n"), drained()]));
+    let events = [
+        attempt("m"),
+        unknown,
+        delivery("m", 1),
+        acked("m"),
+        attempt("n"),
+    ];
+    let verdict = verdict(
+        events
+            .into_iter()
+            .chain([delivery("n", 1), acked("n"), drained()]),
+    );
     assert!(verdict.is_clean(), "{verdict}");
     assert_eq!((verdict.recovered, verdict.confirmed), (2, 0));
 }
@@ -171,7 +245,9 @@ fn a_history_without_a_drain_at_its_end_shows_nothing() {
 #[test]
 fn below_its_minimum_a_run_is_no_pass() {
     let [a, b] = stored("m");
-    let fault = Event::Fault { what: "kill".into() };
+    let fault = Event::Fault {
+        what: "kill".into(),
+    };
     let entries = history([a, b, fault, delivery("m", 1), acked("m"), drained()]);
     let needs = |confirmed, faults| judge(&entries, Minimum { confirmed, faults }).is_clean();
     assert!(needs(1, 1));

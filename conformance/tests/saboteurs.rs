@@ -13,6 +13,10 @@ use wilco_conformance::{
 
 /// Each one runs into its check; all of them at once, for most of the time is spent waiting for
 /// what a saboteur keeps back.
+#[expect(
+    clippy::print_stdout,
+    reason = "a test's output is where its evidence is read"
+)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn x1_every_saboteur_is_caught_by_its_check() {
     let runs = saboteurs::all().into_iter().map(|saboteur| async move {
@@ -21,7 +25,11 @@ async fn x1_every_saboteur_is_caught_by_its_check() {
         let outcome = check.run_on(&harness, &Options::new(1, None)).await;
         match outcome.result {
             Err(CheckError::Failed(failure)) => {
-                println!("{saboteur:?}: {} / {}", failure.expected, failure.seen);
+                let time = outcome.elapsed;
+                println!(
+                    "{saboteur:?}, {time:.1?}: {} / {}",
+                    failure.expected, failure.seen
+                );
                 None
             }
             other => Some(format!("{saboteur:?}: {other:?}")),
@@ -40,18 +48,33 @@ async fn x1_every_saboteur_is_caught_by_its_check() {
 fn x1_every_law_has_a_saboteur() {
     let broken: BTreeSet<_> = saboteurs::all()
         .iter()
-        .map(|saboteur| registry::find(saboteur.caught_by).expect("a check").law.to_owned())
+        .map(|saboteur| {
+            registry::find(saboteur.caught_by)
+                .expect("a check")
+                .law
+                .to_owned()
+        })
         .collect();
-    let bare: Vec<_> = registry::laws().into_iter().filter(|law| !broken.contains(law)).collect();
+    let bare: Vec<_> = registry::laws()
+        .into_iter()
+        .filter(|law| !broken.contains(law))
+        .collect();
     assert!(bare.is_empty(), "no saboteur yet: {bare:?}");
 }
 
 /// Checks that no saboteur was made for; whoever adds one here says why.
 #[test]
 fn x1_checks_without_a_saboteur_are_known() {
-    let caught: BTreeSet<_> = saboteurs::all().iter().map(|saboteur| saboteur.caught_by).collect();
+    let caught: BTreeSet<_> = saboteurs::all()
+        .iter()
+        .map(|saboteur| saboteur.caught_by)
+        .collect();
     let all = registry::all();
-    let bare: Vec<_> = all.iter().map(|check| check.name).filter(|n| !caught.contains(n)).collect();
+    let bare: Vec<_> = all
+        .iter()
+        .map(|check| check.name)
+        .filter(|n| !caught.contains(n))
+        .collect();
     let known = [
         // The names are the vocabulary's, not a broker's.
         "q8_bad_names_are_refused_before_any_io",
@@ -68,6 +91,9 @@ fn x1_checks_without_a_saboteur_are_known() {
 
 #[test]
 fn names_are_unique() {
-    let names: BTreeSet<_> = saboteurs::all().iter().map(|saboteur| saboteur.name).collect();
+    let names: BTreeSet<_> = saboteurs::all()
+        .iter()
+        .map(|saboteur| saboteur.name)
+        .collect();
     assert_eq!(names.len(), saboteurs::all().len());
 }

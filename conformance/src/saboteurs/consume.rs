@@ -13,9 +13,7 @@ use std::{
 use async_trait::async_trait;
 use wilco::{
     Deadline, ErrorKind, QueueName, Result,
-    broker::{
-        ConsumeOptions, Consumer, DeadLetter, DeadLetterKey, Declared, Delivery, QueueSpec,
-    },
+    broker::{ConsumeOptions, Consumer, DeadLetter, DeadLetterKey, Declared, Delivery, QueueSpec},
 };
 
 use super::wrap::{Inner, Sabotage, each};
@@ -242,7 +240,9 @@ impl Consumer for Skipping {
             if drain || self.count.fetch_add(1, Ordering::Relaxed) % 50 != 49 {
                 return Ok(delivery);
             }
-            delivery.ack(Deadline::after(Duration::from_secs(5))).await?;
+            delivery
+                .ack(Deadline::after(Duration::from_secs(5)))
+                .await?;
         }
     }
     async fn close(self: Box<Self>, by: Deadline) -> Result<()> {

@@ -2,7 +2,10 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -63,6 +66,26 @@ consume!(
 );
 
 consume!(
+    /// Says Ok to every fiftieth ack and gives the message back.
+    ForgetsOneAckInFifty { count: Arc<AtomicU64> },
+    |this, inner, queue, options, by| {
+        let count = Arc::clone(&this.count);
+        let inner = inner.consume(queue, options, by).await?;
+        Ok(settling(
+            inner,
+            move |lease: Box<dyn Lease>, settlement, by| {
+                let forgets = count.fetch_add(1, Ordering::Relaxed) % 50 == 49;
+                let settlement = match settlement {
+                    Settlement::Ack if forgets => Settlement::Retry(Duration::ZERO),
+                    other => other,
+                };
+                async move { lease.settle(settlement, by).await }
+            },
+        ))
+    }
+);
+
+consume!(
     /// Says Ok whatever came of the ack.
     AckIsAlwaysOk {},
     |this, inner, queue, options, by| {
@@ -87,9 +110,8 @@ consume!(
                     return lease.settle(settlement, by).await;
                 }
                 let before = last.lock().unwrap_or_else(PoisonError::into_inner).replace(lease);
-                match before {
-                    Some(before) => drop(before.settle(Settlement::Ack, by).await),
-                    None => {}
+                if let Some(before) = before {
+                    drop(before.settle(Settlement::Ack, by).await);
                 }
                 Ok(())
             }
@@ -147,7 +169,11 @@ impl Lease for Reusing {
             return Ok(());
         }
         loop {
-            let next = self.held.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let next = self
+                .held
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .pop();
             let Some(next) = next else { return Ok(()) };
             if let Some(lease) = next.take()
                 && lease.settle(settlement.clone(), by).await.is_ok()
@@ -273,6 +299,8 @@ impl Sabotage for AcksUnasked {
         options: ConsumeOptions,
         by: Deadline,
     ) -> Result<Box<dyn Consumer>> {
-        DroppingAcks::default().consume(inner, queue, options, by).await
+        DroppingAcks::default()
+            .consume(inner, queue, options, by)
+            .await
     }
 }

@@ -125,7 +125,10 @@ impl Sabotage for DiscardsInSilence {
         by: Deadline,
     ) -> Result<Discarded> {
         let gone = inner.delete(queue, mode, by).await?;
-        Ok(Discarded::new(gone.messages, gone.ids.into_iter().skip(1).collect()))
+        Ok(Discarded::new(
+            gone.messages,
+            gone.ids.into_iter().skip(1).collect(),
+        ))
     }
 }
 
@@ -159,7 +162,11 @@ impl Sabotage for LeaksOnDelete {
 pub(super) struct IgnoresCase;
 
 fn folded(queue: &QueueName) -> QueueName {
-    queue.as_str().to_lowercase().parse().unwrap_or_else(|_| queue.clone())
+    queue
+        .as_str()
+        .to_lowercase()
+        .parse()
+        .unwrap_or_else(|_| queue.clone())
 }
 
 #[async_trait]
@@ -295,8 +302,9 @@ impl Sabotage for DropsTheOldest {
                 Err(error) if *error.kind() == ErrorKind::BrokerRefused => {}
                 stored => return stored,
             }
-            if let Ok(mut oldest) =
-                inner.consume(queue, ConsumeOptions::prefetch(NonZeroU32::MIN), by).await
+            if let Ok(mut oldest) = inner
+                .consume(queue, ConsumeOptions::prefetch(NonZeroU32::MIN), by)
+                .await
                 && let Ok(Ok(oldest)) =
                     tokio::time::timeout(Duration::from_millis(100), oldest.next()).await
             {

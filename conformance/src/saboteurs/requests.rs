@@ -162,7 +162,11 @@ impl Sabotage for PingsThroughTheQueue {
         body: Bytes,
         by: Deadline,
     ) -> Result<Bytes> {
-        drop(inner.publish(&lane.queue(), Message::new("ping", body.clone())?, by).await);
+        drop(
+            inner
+                .publish(&lane.queue(), Message::new("ping", body.clone())?, by)
+                .await,
+        );
         inner.request(lane, body, by).await
     }
 }
@@ -195,7 +199,10 @@ impl Sabotage for TooBusyToAnswer {
         by: Deadline,
     ) -> Result<Box<dyn Responder>> {
         let inner = inner.respond(lane, by).await?;
-        Ok(Box::new(Patient { inner, busy: Arc::clone(&self.busy) }))
+        Ok(Box::new(Patient {
+            inner,
+            busy: Arc::clone(&self.busy),
+        }))
     }
 }
 
@@ -246,7 +253,10 @@ impl Sabotage for VanishedAskersKill {
         by: Deadline,
     ) -> Result<Box<dyn Responder>> {
         let inner = inner.respond(lane, by).await?;
-        Ok(Box::new(Mortal { inner, killed: Arc::clone(&self.killed) }))
+        Ok(Box::new(Mortal {
+            inner,
+            killed: Arc::clone(&self.killed),
+        }))
     }
 }
 

@@ -84,7 +84,7 @@ macro_rules! for_each_saboteur {
             lies_about_durability: queues::LiesAboutDurability => d1_the_report_is_honest;
             claims_what_it_does_not_know: queues::ClaimsWhatItDoesNotKnow => d2_require_refuses_what_the_report_does_not_show;
             skips_one_in_fifty: consume::SkipsOneInFifty => l_handles_that_come_and_go_lose_nothing;
-            forgets_acks_now_and_then: leases::ForgetsAcks => l_handles_that_come_and_go_lose_nothing;
+            forgets_acks_now_and_then: leases::ForgetsOneAckInFifty => l_handles_that_come_and_go_lose_nothing;
         }
     };
 }

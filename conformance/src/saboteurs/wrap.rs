@@ -160,7 +160,9 @@ impl Broker for Wrapped {
         limit: NonZeroU32,
         by: Deadline,
     ) -> Result<Vec<DeadLetter>> {
-        self.sabotage.dead_letters(&self.inner, queue, after, limit, by).await
+        self.sabotage
+            .dead_letters(&self.inner, queue, after, limit, by)
+            .await
     }
     async fn redrive(&self, queue: &QueueName, key: &DeadLetterKey, by: Deadline) -> Result<bool> {
         self.sabotage.redrive(&self.inner, queue, key, by).await
@@ -221,9 +223,8 @@ pub(super) fn each(
 }
 
 /// How a lease is settled in a saboteur's hands.
-pub(super) type OnSettle = Box<
-    dyn FnOnce(Box<dyn Lease>, Settlement, Deadline) -> Boxed<Result<()>> + Send + Sync,
->;
+pub(super) type OnSettle =
+    Box<dyn FnOnce(Box<dyn Lease>, Settlement, Deadline) -> Boxed<Result<()>> + Send + Sync>;
 
 /// A lease whose settlement goes through a saboteur's hands.
 pub(super) struct TamperedLease {
@@ -258,6 +259,10 @@ where
         let (message, attempt, inner) = delivery.into_parts();
         let on_settle: OnSettle =
             Box::new(move |lease, settlement, by| Box::pin(settle(lease, settlement, by)));
-        Delivery::new(message, attempt, Box::new(TamperedLease { inner, on_settle }))
+        Delivery::new(
+            message,
+            attempt,
+            Box::new(TamperedLease { inner, on_settle }),
+        )
     })
 }

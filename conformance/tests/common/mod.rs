@@ -1,5 +1,6 @@
 //! What the tests of every backend share: one named test for each check.
 
+use tokio::sync::RwLock;
 use wilco_conformance::{
     check::{CheckError, Options},
     harness::Harness,
@@ -9,10 +10,23 @@ use wilco_conformance::{
 /// The seed of these runs: the same each time, so that a failure in CI is the one at home.
 const SEED: u64 = 20_260_401;
 
+/// The check that measures this process's memory: others beside it would be measured too.
+const ALONE: &str = "r5_unanswered_requests_leave_nothing_behind";
+static TURNS: RwLock<()> = RwLock::const_new(());
+
 /// Runs a check; what cannot be run here has to be in `not_run`, with nothing else.
-pub async fn run(name: &str, harness: &dyn Harness, not_run: &[&str]) {
+#[expect(
+    clippy::print_stdout,
+    reason = "a test's output is where its evidence is read"
+)]
+pub(crate) async fn run(name: &str, harness: &dyn Harness, not_run: &[&str]) {
     let check = registry::find(name).expect("the list and the registry are one");
     let agent = env!("CARGO_BIN_EXE_wilco-conformance");
+    let _turn = if name == ALONE {
+        (Some(TURNS.write().await), None)
+    } else {
+        (None, Some(TURNS.read().await))
+    };
     let outcome = check
         .run_on(harness, &Options::new(SEED, Some(agent.into())))
         .await;

@@ -45,7 +45,9 @@ pub async fn p3_a_resend_with_the_same_id_is_one_message(cx: &Cx) -> CheckResult
             format!("{copies} of {id}"),
         )?;
     }
-    let unknown = there.iter().filter(|id| !expected.iter().any(|(known, _)| known == *id));
+    let unknown = there
+        .iter()
+        .filter(|id| !expected.iter().any(|(known, _)| known == *id));
     same("messages that nobody sent", unknown.count(), 0)?;
     expect(cut > 0, "some publishes were cut off", "none")?;
     Ok(Evidence::of("re-sends", TIMES)

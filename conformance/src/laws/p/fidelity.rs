@@ -144,10 +144,18 @@ pub async fn p6_over_the_limit_is_too_large(cx: &Cx) -> CheckResult {
     if let Some(limit) = limit {
         let most = usize::try_from(limit).unwrap_or(usize::MAX);
         expect(most < refused, "a limit below what was refused", limit)?;
-        broker.publish(&name, message(pattern(most))?, long()).await?;
+        broker
+            .publish(&name, message(pattern(most))?, long())
+            .await?;
         stored.push(most);
-        let over = broker.publish(&name, message(pattern(most + 1))?, long()).await;
-        let error = must_be("one byte over the limit", over, &ErrorKind::TooLarge { limit })?;
+        let over = broker
+            .publish(&name, message(pattern(most + 1))?, long())
+            .await;
+        let error = must_be(
+            "one byte over the limit",
+            over,
+            &ErrorKind::TooLarge { limit },
+        )?;
         same("outcome", error.outcome(), Some(Outcome::NotStored))?;
     }
     let mut consumer = attach(&*broker, &name, 1).await?;
@@ -155,7 +163,11 @@ pub async fn p6_over_the_limit_is_too_large(cx: &Cx) -> CheckResult {
         let delivery = receive(&mut *consumer).await?;
         let whole = delivery.message.body == pattern(*size);
         let came = delivery.message.body.len();
-        expect(whole, format!("{size} bytes as they were"), format!("{came} bytes"))?;
+        expect(
+            whole,
+            format!("{size} bytes as they were"),
+            format!("{came} bytes"),
+        )?;
         delivery.ack(long()).await?;
     }
     same("left", broker.status(&name, long()).await?.messages(), 0)?;

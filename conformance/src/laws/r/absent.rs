@@ -25,7 +25,11 @@ pub async fn r2_nobody_there_is_no_consumer_at_once(cx: &Cx) -> CheckResult {
             let ping = handles[0].request(&lane, "anybody".into(), long());
             let (answer, took) = timed("a ping", ping).await?;
             must_be("a ping of nobody", answer, &ErrorKind::NoConsumer)?;
-            expect(took < ROUND_TRIP, "within a round trip", format!("{took:?}"))?;
+            expect(
+                took < ROUND_TRIP,
+                "within a round trip",
+                format!("{took:?}"),
+            )?;
             slowest = slowest.max(took);
         }
         // Whoever attaches now hears only what is asked from now on.

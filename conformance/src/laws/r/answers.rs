@@ -81,7 +81,11 @@ pub async fn r4_a_busy_guest_still_answers(cx: &Cx) -> CheckResult {
         let call = ask(&*handles[0], &lane, body.clone(), echo(&mut *responder));
         let (answered, took) = timed("a ping", call).await?;
         same("the answer", answered?.0, body)?;
-        expect(took < ROUND_TRIP, "each within a round trip", format!("{took:?}"))?;
+        expect(
+            took < ROUND_TRIP,
+            "each within a round trip",
+            format!("{took:?}"),
+        )?;
         slowest = slowest.max(took);
     }
     for delivery in held {
