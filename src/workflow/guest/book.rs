@@ -8,7 +8,6 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use serde_json::value::RawValue;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
@@ -16,7 +15,8 @@ use crate::{
     message::CommandId,
     names::QueueName,
     wire::{
-        Command, CommandResult, CommandState, LastCommand, Phase, Receipt, RemoteError, ReportEvent,
+        Command, CommandResult, CommandState, LastCommand, Payload, Phase, Receipt, RemoteError,
+        ReportEvent,
     },
     workflow::journal::{Entry, EntryState, Journal},
 };
@@ -61,7 +61,7 @@ pub(crate) enum Admission {
 enum Op {
     Accept(Box<Command>, oneshot::Sender<Result<Admission>>),
     Start(CommandId, oneshot::Sender<Result<Option<Entry>>>),
-    Progress(CommandId, Box<RawValue>, oneshot::Sender<Result<()>>),
+    Progress(CommandId, Payload, oneshot::Sender<Result<()>>),
     Finish(CommandId, CommandResult, oneshot::Sender<Result<()>>),
     Withdraw(CommandId, oneshot::Sender<Result<CommandState>>),
     Status(CommandId, oneshot::Sender<Result<CommandState>>),
@@ -111,7 +111,7 @@ impl Book {
         self.ask(|to| Op::Start(command, to)).await
     }
 
-    pub(crate) async fn progress(&self, command: CommandId, detail: Box<RawValue>) -> Result<()> {
+    pub(crate) async fn progress(&self, command: CommandId, detail: Payload) -> Result<()> {
         self.ask(|to| Op::Progress(command, detail, to)).await
     }
 
@@ -289,7 +289,7 @@ impl Keeper {
         Ok(Some(entry))
     }
 
-    async fn progress(&mut self, command: &CommandId, detail: Box<RawValue>) -> Result<()> {
+    async fn progress(&mut self, command: &CommandId, detail: Payload) -> Result<()> {
         let Some(entry) = self.entries.get(command) else {
             return Ok(());
         };
