@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::{
     error::{Error, ErrorKind, Result},
@@ -39,6 +39,7 @@ struct Shared {
     snapshot: Mutex<Snapshot>,
     changes: watch::Sender<u64>,
     dismissed: watch::Sender<bool>,
+    nudged: Notify,
 }
 
 /// What a ping is answered from, without waiting for any disk (law R4).
@@ -83,6 +84,7 @@ impl Book {
             }),
             changes: watch::Sender::new(0),
             dismissed: watch::Sender::new(false),
+            nudged: Notify::new(),
         });
         let (ops, inbox) = mpsc::channel(64);
         let mut keeper = Keeper {
@@ -159,6 +161,16 @@ impl Book {
     /// Becomes true when this machine is given up.
     pub(crate) fn dismissed(&self) -> watch::Receiver<bool> {
         self.shared.dismissed.subscribe()
+    }
+
+    /// Somebody asks for this guest: what it waits for may be there.
+    pub(crate) fn nudge(&self) {
+        self.shared.nudged.notify_one();
+    }
+
+    /// Waits for a nudge, one that came since the last wait included.
+    pub(crate) async fn nudged(&self) {
+        self.shared.nudged.notified().await;
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {
