@@ -13,13 +13,14 @@ use std::{fmt, path::PathBuf, sync::Arc};
 
 use rusqlite::Connection;
 
+pub(crate) use self::{
+    failure::Fault,
+    lane::{Call, Fate, Op, Ticket, alone},
+    open::{FileKey, file_key},
+};
 use self::{
     lane::Lane,
     open::{Opened, Sync},
-};
-pub(crate) use self::{
-    lane::{Call, Fate, Op, Ticket, alone},
-    open::{FileKey, file_key},
 };
 use crate::{deadline::Deadline, error::Result};
 
@@ -153,7 +154,7 @@ impl Store {
     pub(crate) async fn write<T: Send + 'static>(
         &self,
         deadline: Deadline,
-        op: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        op: impl FnOnce(&Connection) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T> {
         self.inner.writer.call(deadline, op).await
     }
@@ -162,7 +163,7 @@ impl Store {
     pub(crate) async fn read<T: Send + 'static>(
         &self,
         deadline: Deadline,
-        op: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        op: impl FnOnce(&Connection) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T> {
         let lane = self.inner.reader.as_ref().unwrap_or(&self.inner.writer);
         lane.call(deadline, op)
