@@ -7,6 +7,7 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 use crate::{
     error::{Error, ErrorKind, Result},
     names::QueueName,
+    sqlite::Fault,
 };
 
 /// How many places one queue has: the rest of a row's number is the queue's id.
@@ -35,7 +36,7 @@ impl Books {
         &mut self,
         transaction: &Connection,
         queue: &QueueName,
-    ) -> Result<Option<&mut Book>> {
+    ) -> Result<Option<&mut Book>, Fault> {
         if !self.0.contains_key(queue) {
             let book = Book::read(transaction, queue)?;
             self.0.insert(queue.clone(), book);
@@ -44,7 +45,7 @@ impl Books {
         Ok(book.map(Book::touch))
     }
 
-    pub(super) fn write(&self, transaction: &Connection) -> Result<()> {
+    pub(super) fn write(&self, transaction: &Connection) -> Result<(), Fault> {
         for book in self.0.values().flatten().filter(|book| book.changed) {
             transaction
                 .prepare_cached(
@@ -70,7 +71,7 @@ impl Books {
 }
 
 impl Book {
-    pub(super) fn read(transaction: &Connection, queue: &QueueName) -> Result<Option<Self>> {
+    pub(super) fn read(transaction: &Connection, queue: &QueueName) -> Result<Option<Self>, Fault> {
         let book = transaction
             .prepare_cached(
                 "SELECT id, delivery_limit, max_messages, next, held, dead, consumer

@@ -15,10 +15,10 @@ use super::{
     settle::{bury, give_back, limit_reason, now_ms},
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     message::Message,
     names::QueueName,
-    sqlite::{Fate, Op, alone},
+    sqlite::{Fate, Fault, Op, alone},
 };
 
 /// Where a consumer begins.
@@ -34,12 +34,12 @@ pub(super) fn attach(
     core: &Core,
     queue: &QueueName,
     token: i64,
-) -> Result<Start> {
+) -> Result<Start, Fault> {
     let book = Book::read(transaction, queue)?.ok_or_else(no_queue)?;
     if let Some(other) = book.consumer
         && core.is_alive(queue, other)
     {
-        return Err(conflict());
+        return Err(conflict().into());
     }
     let strangers = free_the_dead(transaction, core, queue, &book, token)?;
     transaction.execute(
@@ -68,7 +68,7 @@ fn free_the_dead(
     queue: &QueueName,
     book: &Book,
     token: i64,
-) -> Result<bool> {
+) -> Result<bool, Fault> {
     let holders: Vec<i64> = transaction
         .prepare_cached(
             "SELECT DISTINCT holder FROM deliveries
@@ -120,7 +120,8 @@ impl Op for Claim {
     }
 
     fn run(&mut self, transaction: &Connection, _: bool) {
-        self.result = Some(alone(transaction, |transaction| self.claim(transaction)));
+        let claim = alone(transaction, |transaction| self.claim(transaction));
+        self.result = Some(claim.map_err(Error::from));
     }
 
     fn finish(self: Box<Self>, fate: Fate<'_>) {
@@ -179,7 +180,7 @@ impl Claim {
         }
     }
 
-    fn claim(&mut self, transaction: &Connection) -> Result<std::result::Result<(), Lost>> {
+    fn claim(&mut self, transaction: &Connection) -> Result<std::result::Result<(), Lost>, Fault> {
         let hold = Arc::clone(&self.hold);
         {
             // As it is now, after all that went back in this transaction.
@@ -222,7 +223,7 @@ impl Claim {
         transaction: &Connection,
         books: &mut Books,
         book: &Book,
-    ) -> Result<()> {
+    ) -> Result<(), Fault> {
         let (now, clock) = (Instant::now(), now_ms());
         let mut waiting = transaction.prepare_cached(
             "SELECT seq, attempts, due FROM deliveries
@@ -280,7 +281,7 @@ impl Claim {
     }
 
     /// Those that were never delivered, in their order (law C11).
-    fn claim_fresh(&mut self, transaction: &Connection, book: &Book) -> Result<()> {
+    fn claim_fresh(&mut self, transaction: &Connection, book: &Book) -> Result<(), Fault> {
         let most = i64::try_from(self.most - self.claimed.len()).unwrap_or(i64::MAX);
         let mut fresh = transaction.prepare_cached(&format!(
             "SELECT {MESSAGE}, seq FROM messages WHERE seq > ?1 AND seq <= ?2 ORDER BY seq LIMIT ?3"

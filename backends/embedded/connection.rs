@@ -27,7 +27,7 @@ use crate::{
     durability::{DurabilityReport, Finding, Level, Verdict},
     error::{ErrorKind, Result},
     names::QueueName,
-    sqlite::{Call, FileKey, Location, Store, SyncLevel, file_key},
+    sqlite::{Call, Fault, FileKey, Location, Store, SyncLevel, file_key},
 };
 
 /// How long a look waits for what was dropped to be given back.
@@ -257,7 +257,7 @@ impl Core {
     pub(super) async fn change<T: Send + 'static>(
         self: &Arc<Self>,
         deadline: Deadline,
-        op: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        op: impl FnOnce(&Connection) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T> {
         let room = self.inbox.room(deadline).await?;
         let (call, ticket, answer) = Call::boxed(op, Some(room));
@@ -269,7 +269,7 @@ impl Core {
     pub(super) async fn look<T: Send + 'static>(
         self: &Arc<Self>,
         deadline: Deadline,
-        op: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        op: impl FnOnce(&Connection) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T> {
         // A dropped delivery is given back before the next look (law Q9), unless another process is in
         // the way for long: then what is committed is the truth.

@@ -30,7 +30,7 @@ use crate::{
     error::{Error, ErrorKind, Outcome, Result},
     message::Message,
     names::QueueName,
-    sqlite::{Fate, Op, Ticket},
+    sqlite::{Fate, Fault, Op, Ticket},
 };
 
 /// The most publishes and settlements that wait inside; more wait outside, up to their deadlines.
@@ -294,11 +294,10 @@ impl Op for Round {
             let lately = crowd.load(Ordering::Relaxed) / 2;
             crowd.store(self.items.len().max(lately), Ordering::Relaxed);
         }
-        let done = self.do_items(transaction).and_then(|()| {
-            self.books.write(transaction)?;
-            Ok(())
-        });
-        if let Err(error) = done {
+        let done = self
+            .do_items(transaction)
+            .and_then(|()| self.books.write(transaction));
+        if let Err(error) = done.map_err(Error::from) {
             // Half an item may be done. This is for a disk that fails, so nobody's share is saved.
             tracing::error!(%error, "a transaction is rolled back");
             if !transaction.is_autocommit() {
@@ -372,7 +371,7 @@ fn answer<T>(result: Option<Result<T>>, fate: Fate<'_>) -> Result<T> {
 
 impl Round {
     /// An error here means that an item is half done.
-    fn do_items(&mut self, transaction: &Connection) -> Result<()> {
+    fn do_items(&mut self, transaction: &Connection) -> Result<(), Fault> {
         if self.items.is_empty() {
             return Ok(());
         }
@@ -387,12 +386,13 @@ impl Round {
                     if publish.ticket.start() {
                         let stored = store(transaction, books, &mut insert, publish);
                         let swept = stored.is_err() && transaction.is_autocommit();
-                        publish.result = Some(stored);
+                        publish.result = Some(stored.map_err(Error::from));
                         if swept {
                             return Err(Error::new(
                                 ErrorKind::BrokerRefused,
                                 "a publish failed on the disk",
-                            ));
+                            )
+                            .into());
                         }
                     }
                 }
@@ -427,7 +427,7 @@ fn store(
     books: &mut Books,
     insert: &mut rusqlite::CachedStatement<'_>,
     publish: &Publish,
-) -> Result<Receipt> {
+) -> Result<Receipt, Fault> {
     let Publish {
         queue,
         message,
@@ -449,7 +449,8 @@ fn store(
                 "the queue is full: it holds {} messages, and was made for no more",
                 book.held
             ),
-        ));
+        )
+        .into());
     }
     let content_type = message.content_type.as_str();
     let stored = insert.execute(params![

@@ -7,6 +7,7 @@ use rusqlite::{Row, types::ValueRef};
 use crate::{
     error::{Error, ErrorKind, Result},
     message::{Headers, Message, MessageId},
+    sqlite::Fault,
 };
 
 /// The content type that is not written out.
@@ -19,15 +20,17 @@ static JSON_TYPE: LazyLock<MessageId> =
 pub(super) const MESSAGE: &str = "id, kind, content_type, headers, sender, body";
 
 /// Reads the columns of [`MESSAGE`], from this one on.
-pub(super) fn read_message(row: &Row<'_>, at: usize) -> Result<Message> {
+pub(super) fn read_message(row: &Row<'_>, at: usize) -> Result<Message, Fault> {
     let foreign = |error: Error| {
         Error::new(
             ErrorKind::Internal,
             format!("the database holds what wilco did not write: {error}"),
         )
     };
-    let id = |at: usize| MessageId::new(row.get_ref(at)?.as_str().map_err(rusqlite::Error::from)?);
-    let id = |at: usize| id(at).map_err(foreign);
+    let id = |at: usize| -> Result<MessageId, Fault> {
+        let text = row.get_ref(at)?.as_str().map_err(rusqlite::Error::from)?;
+        Ok(MessageId::new(text).map_err(foreign)?)
+    };
     Ok(Message {
         id: id(at)?,
         kind: id(at + 1)?,

@@ -10,7 +10,9 @@ use super::{
     consume::{Held, Hold, Lost},
     no_queue,
 };
-use crate::{broker::Settlement, deadline::Deadline, error::Result, names::QueueName};
+use crate::{
+    broker::Settlement, deadline::Deadline, error::Result, names::QueueName, sqlite::Fault,
+};
 
 /// Settles one delivery. An error means that it is half done, and the transaction has to go.
 pub(super) fn settle(
@@ -18,7 +20,7 @@ pub(super) fn settle(
     books: &mut Books,
     held: &Held,
     settlement: &Settlement,
-) -> Result<std::result::Result<(), Lost>> {
+) -> Result<std::result::Result<(), Lost>, Fault> {
     let (hold, seq) = (&held.hold, held.seq);
     let lease = params![seq, hold.token, held.ordinal];
     let (id, limit) = match books.of(transaction, &hold.queue)? {
@@ -101,9 +103,9 @@ pub(super) fn bury(
     seq: i64,
     attempts: i64,
     reason: &str,
-) -> Result<()> {
+) -> Result<(), Fault> {
     let Some(book) = books.of(transaction, queue)? else {
-        return Err(no_queue());
+        return Err(no_queue().into());
     };
     transaction
         .prepare_cached(
@@ -118,7 +120,12 @@ pub(super) fn bury(
     remove(transaction, books, queue, seq)
 }
 
-fn remove(transaction: &Connection, books: &mut Books, queue: &QueueName, seq: i64) -> Result<()> {
+fn remove(
+    transaction: &Connection,
+    books: &mut Books,
+    queue: &QueueName,
+    seq: i64,
+) -> Result<(), Fault> {
     let removed = transaction
         .prepare_cached("DELETE FROM messages WHERE seq = ?1")?
         .execute([seq])?;
@@ -129,16 +136,24 @@ fn remove(transaction: &Connection, books: &mut Books, queue: &QueueName, seq: i
 }
 
 /// A dropped consumer: what it only buffered goes back uncounted (laws C9, F8); its deliveries stay.
-pub(super) fn detach(transaction: &Connection, books: &mut Books, hold: &Hold) -> Result<()> {
+pub(super) fn detach(
+    transaction: &Connection,
+    books: &mut Books,
+    hold: &Hold,
+) -> Result<(), Fault> {
     leave(transaction, books, hold, false)
 }
 
 /// A closed handle: all goes back.
-pub(super) fn release(transaction: &Connection, books: &mut Books, hold: &Hold) -> Result<()> {
+pub(super) fn release(
+    transaction: &Connection,
+    books: &mut Books,
+    hold: &Hold,
+) -> Result<(), Fault> {
     leave(transaction, books, hold, true)
 }
 
-fn leave(transaction: &Connection, books: &mut Books, hold: &Hold, all: bool) -> Result<()> {
+fn leave(transaction: &Connection, books: &mut Books, hold: &Hold, all: bool) -> Result<(), Fault> {
     let (handed, queue_id) = {
         let state = lock(&hold.state);
         (state.handed, state.queue_id)
@@ -164,7 +179,7 @@ pub(super) fn give_back(
     holder: i64,
     handed: i64,
     all: bool,
-) -> Result<()> {
+) -> Result<(), Fault> {
     transaction
         .prepare_cached(
             "UPDATE deliveries SET attempts = attempts - 1, holder = NULL, ordinal = NULL

@@ -17,6 +17,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     message::MessageId,
     names::QueueName,
+    sqlite::Fault,
 };
 
 pub(super) async fn declare(
@@ -53,7 +54,7 @@ pub(super) async fn declare(
 }
 
 /// Whether the queue is there, with these arguments; a mismatch is an error (law Q3).
-fn compare(connection: &Connection, asked: &QueueSpec) -> Result<bool> {
+fn compare(connection: &Connection, asked: &QueueSpec) -> Result<bool, Fault> {
     let found = connection
         .prepare_cached("SELECT delivery_limit, max_messages FROM queues WHERE name = ?1")?
         .query_row([asked.name.as_str()], |row| {
@@ -81,7 +82,8 @@ fn compare(connection: &Connection, asked: &QueueSpec) -> Result<bool> {
         Err(Error::new(
             ErrorKind::Mismatch { differences },
             "the queue exists with other arguments; nothing was changed",
-        ))
+        )
+        .into())
     }
 }
 
@@ -124,7 +126,7 @@ fn count(
     core: &Core,
     queue: QueueName,
     book: &Book,
-) -> Result<QueueStatus> {
+) -> Result<QueueStatus, Fault> {
     let (mut in_flight, mut delayed) = (0_i64, 0_i64);
     let mut holders = connection.prepare_cached(
         "SELECT holder, count(*), count(*) FILTER (WHERE due > ?3) FROM deliveries
@@ -182,14 +184,15 @@ fn remove_queue(
     transaction: &Connection,
     queue: &QueueName,
     mode: DeleteMode,
-) -> Result<(Discarded, Option<i64>)> {
+) -> Result<(Discarded, Option<i64>), Fault> {
     let book = Book::read(transaction, queue)?.ok_or_else(no_queue)?;
     let messages = unsigned(book.held + book.dead);
     if messages > 0 && mode == DeleteMode::IfEmpty {
         return Err(Error::new(
             ErrorKind::NotEmpty { messages },
             format!("the queue holds {messages} messages, and was not to be discarded with them"),
-        ));
+        )
+        .into());
     }
     let range = [book.first(), book.last()];
     let ids: Vec<String> = transaction
@@ -287,7 +290,7 @@ fn move_back(
     transaction: &Connection,
     queue: &QueueName,
     seq: Option<i64>,
-) -> Result<(bool, Option<i64>)> {
+) -> Result<(bool, Option<i64>), Fault> {
     let book = Book::read(transaction, queue)?.ok_or_else(no_queue)?;
     let seq = seq.filter(|seq| (book.first()..=book.last()).contains(seq));
     let id: Option<String> = transaction
@@ -301,7 +304,8 @@ fn move_back(
         return Err(Error::new(
             ErrorKind::BrokerRefused,
             "the queue is full; the dead letter stays where it is",
-        ));
+        )
+        .into());
     }
     let there = transaction
         .prepare_cached("SELECT 1 FROM messages WHERE queue = ?1 AND id = ?2")?
@@ -310,7 +314,8 @@ fn move_back(
         return Err(Error::new(
             ErrorKind::Conflict,
             "the queue holds a message of the same id already; the dead letter stays where it is",
-        ));
+        )
+        .into());
     }
     transaction
         .prepare_cached(

@@ -1,6 +1,6 @@
 //! What SQLite's errors mean to those above.
 
-use std::cell::RefCell;
+use std::{cell::RefCell, io};
 
 use rusqlite::ffi;
 
@@ -85,10 +85,42 @@ impl Failure {
     }
 }
 
-impl From<rusqlite::Error> for Error {
+/// Why an operation on a connection failed. Private, so that SQLite's client can be told apart and
+/// taken in with a `?` without being in anybody's interface.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    Sql(rusqlite::Error),
+    Ours(Error),
+}
+
+impl From<rusqlite::Error> for Fault {
     fn from(error: rusqlite::Error) -> Self {
-        let (kind, message) = explain(&error);
-        Self::new(kind, message).with_source(error)
+        Self::Sql(error)
+    }
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        Self::Ours(error)
+    }
+}
+
+impl From<io::Error> for Fault {
+    fn from(error: io::Error) -> Self {
+        Self::Ours(error.into())
+    }
+}
+
+/// To be done on the thread that works on the file.
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Ours(error) => error,
+            Fault::Sql(error) => {
+                let (kind, message) = explain(&error);
+                Self::new(kind, message).with_source(error)
+            }
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use super::{
     Location, SyncLevel,
-    failure::{self, Failure},
+    failure::{self, Failure, Fault},
     open::{Held, Sync},
 };
 use crate::{
@@ -172,7 +172,7 @@ impl Lane {
     pub(super) async fn call<T: Send + 'static>(
         &self,
         deadline: Deadline,
-        op: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        op: impl FnOnce(&Connection) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T> {
         let room = Arc::clone(&self.room).acquire_owned();
         let room = deadline
@@ -349,7 +349,7 @@ pub(crate) struct Call<T, F> {
 impl<T, F> Call<T, F>
 where
     T: Send + 'static,
-    F: FnOnce(&Connection) -> Result<T> + Send + 'static,
+    F: FnOnce(&Connection) -> Result<T, Fault> + Send + 'static,
 {
     /// The operation, and what its caller waits with.
     pub(crate) fn boxed(
@@ -372,7 +372,7 @@ where
 impl<T, F> Op for Call<T, F>
 where
     T: Send,
-    F: FnOnce(&Connection) -> Result<T> + Send,
+    F: FnOnce(&Connection) -> Result<T, Fault> + Send,
 {
     fn is_wanted(&self) -> bool {
         self.ticket.is_wanted()
@@ -382,7 +382,7 @@ where
         if let Some(op) = self.op.take()
             && self.ticket.start()
         {
-            self.result = Some(alone(transaction, op));
+            self.result = Some(alone(transaction, op).map_err(Error::from));
         }
     }
 
@@ -403,8 +403,8 @@ where
 /// Runs one operation so that its failure takes back its own changes and nobody else's.
 pub(crate) fn alone<T>(
     transaction: &Connection,
-    op: impl FnOnce(&Connection) -> Result<T>,
-) -> Result<T> {
+    op: impl FnOnce(&Connection) -> Result<T, Fault>,
+) -> Result<T, Fault> {
     let run = |sql| {
         transaction
             .prepare_cached(sql)
@@ -412,7 +412,7 @@ pub(crate) fn alone<T>(
     };
     run("SAVEPOINT op")?;
     let result = catch_unwind(AssertUnwindSafe(|| op(transaction)))
-        .unwrap_or_else(|_| Err(failure::internal("an operation panicked".into())));
+        .unwrap_or_else(|_| Err(failure::internal("an operation panicked".into()).into()));
     if result.is_err() && !transaction.is_autocommit() {
         run("ROLLBACK TO op")?;
     }

@@ -13,6 +13,7 @@ use std::{fmt, path::PathBuf, sync::Arc};
 
 use rusqlite::Connection;
 
+pub(crate) use self::failure::Fault;
 use self::{
     lane::Lane,
     open::{Opened, Sync},
@@ -154,7 +155,7 @@ impl Store {
     pub(crate) async fn write<T: Send + 'static>(
         &self,
         deadline: Deadline,
-        op: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        op: impl FnOnce(&Connection) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T> {
         self.inner.writer.call(deadline, op).await
     }
@@ -163,7 +164,7 @@ impl Store {
     pub(crate) async fn read<T: Send + 'static>(
         &self,
         deadline: Deadline,
-        op: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        op: impl FnOnce(&Connection) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T> {
         let lane = self.inner.reader.as_ref().unwrap_or(&self.inner.writer);
         lane.call(deadline, op)

@@ -11,7 +11,11 @@ use std::{
 
 use rusqlite::{Connection, OpenFlags};
 
-use super::{Location, Schema, SyncLevel, failure, lane::pause};
+use super::{
+    Location, Schema, SyncLevel,
+    failure::{self, Fault},
+    lane::pause,
+};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Another process that makes or recovers the same file gets this long.
@@ -73,7 +77,7 @@ impl Sync {
     }
 }
 
-pub(super) fn memory(schema: &Schema) -> Result<Opened> {
+pub(super) fn memory(schema: &Schema) -> Result<Opened, Fault> {
     failure::about(None);
     let writer = Connection::open_in_memory()?;
     writer.set_prepared_statement_cache_capacity(STATEMENTS);
@@ -90,13 +94,13 @@ pub(super) fn file(path: PathBuf, schema: &Schema, sync: SyncLevel) -> Result<Op
     let path = absolute(&path)?;
     let shown = path.display().to_string();
     failure::about(Some(shown.clone()));
-    let opened = open_file(&path, &shown, schema, sync);
+    let opened = open_file(&path, &shown, schema, sync).map_err(Error::from);
     // This thread is the runtime's and goes on to other work.
     failure::about(None);
     opened
 }
 
-fn open_file(path: &Path, shown: &str, schema: &Schema, sync: SyncLevel) -> Result<Opened> {
+fn open_file(path: &Path, shown: &str, schema: &Schema, sync: SyncLevel) -> Result<Opened, Fault> {
     let mut open = open_files();
     if !file_key(path).is_ok_and(|key| open.contains(&key)) {
         make_or_look(path, shown, schema)?;
@@ -109,19 +113,17 @@ fn open_file(path: &Path, shown: &str, schema: &Schema, sync: SyncLevel) -> Resu
     if writer.is_readonly("main")? {
         return Err(io_error(format!(
             "{shown} is read-only for this process; give it permission to write the file"
-        )));
+        ))
+        .into());
     }
     patiently(|| create_or_check(&writer, schema, shown))?;
-    let mode: String = patiently(|| {
-        writer
-            .query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))
-            .map_err(Error::from)
-    })?;
+    let mode: String =
+        patiently(|| Ok(writer.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?))?;
     if mode != "wal" {
         return Err(io_error(format!(
             "{shown} is on a file system without the shared memory that SQLite's WAL needs, such as a \
              network share; put it on a local disk"
-        )));
+        )).into());
     }
     writer.execute_batch(&format!(
         "{}; PRAGMA wal_autocheckpoint = 4000; PRAGMA journal_size_limit = 67108864;
@@ -138,7 +140,7 @@ fn open_file(path: &Path, shown: &str, schema: &Schema, sync: SyncLevel) -> Resu
     })
 }
 
-fn connect(path: &Path) -> Result<Connection> {
+fn connect(path: &Path) -> Result<Connection, Fault> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
     // Waiting for other processes is done where deadlines are known.
@@ -266,7 +268,7 @@ fn check_ids(application_id: i32, version: i32, shown: &str, schema: &Schema) ->
 /// Makes the schema in an empty database, in one transaction, so that processes that make the same
 /// file at once all find it whole. Before the file is in WAL mode: so its header says whose it is from
 /// its first byte on.
-fn create_or_check(connection: &Connection, schema: &Schema, shown: &str) -> Result<()> {
+fn create_or_check(connection: &Connection, schema: &Schema, shown: &str) -> Result<(), Fault> {
     let ids = |connection: &Connection| -> rusqlite::Result<(i32, i32, bool)> {
         let id = connection.query_row("PRAGMA application_id", [], |row| row.get(0))?;
         let version = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
@@ -277,7 +279,7 @@ fn create_or_check(connection: &Connection, schema: &Schema, shown: &str) -> Res
     };
     let (id, version, empty) = ids(connection)?;
     if (id, version, empty) != (0, 0, true) {
-        return check_ids(id, version, shown, schema);
+        return Ok(check_ids(id, version, shown, schema)?);
     }
     connection.execute_batch("BEGIN IMMEDIATE")?;
     let made = ids(connection).and_then(|found| {
@@ -298,24 +300,20 @@ fn create_or_check(connection: &Connection, schema: &Schema, shown: &str) -> Res
         return Err(error.into());
     }
     let (id, version, _) = ids(connection)?;
-    check_ids(id, version, shown, schema)
+    Ok(check_ids(id, version, shown, schema)?)
 }
 
 /// Tries until no other process is in the way.
-fn patiently<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+fn patiently<T>(mut attempt: impl FnMut() -> Result<T, Fault>) -> Result<T, Fault> {
     let begin = Instant::now();
     loop {
         match attempt() {
-            Err(error) if is_busy(&error) && begin.elapsed() < PATIENCE => pause(),
+            Err(Fault::Sql(error)) if failure::is_busy(&error) && begin.elapsed() < PATIENCE => {
+                pause();
+            }
             answer => return answer,
         }
     }
-}
-
-fn is_busy(error: &Error) -> bool {
-    std::error::Error::source(error)
-        .and_then(|source| source.downcast_ref::<rusqlite::Error>())
-        .is_some_and(failure::is_busy)
 }
 
 fn io_error(message: String) -> Error {

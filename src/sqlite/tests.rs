@@ -12,6 +12,19 @@ static SCHEMA: Schema = Schema {
     sql: "CREATE TABLE t(n INTEGER PRIMARY KEY) STRICT",
 };
 
+/// SQLite's client has a release that breaks things more often than wilco may have one: a conversion
+/// from its error would be public, as every trait's is. With one, `_` here has two answers, and this
+/// does not compile.
+const _: fn() = || {
+    trait Either<A> {
+        fn it() {}
+    }
+    struct Converts;
+    impl<T> Either<()> for T {}
+    impl<T: From<rusqlite::Error>> Either<Converts> for T {}
+    <Error as Either<_>>::it();
+};
+
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(10))
 }
@@ -20,7 +33,7 @@ async fn open(path: &Path) -> Result<Store> {
     Store::open(Location::File(path.to_owned()), &SCHEMA).await
 }
 
-fn insert(n: i64) -> impl FnOnce(&Connection) -> Result<()> + Send + 'static {
+fn insert(n: i64) -> impl FnOnce(&Connection) -> Result<(), Fault> + Send + 'static {
     move |connection| {
         connection.execute("INSERT INTO t VALUES(?1)", [n])?;
         Ok(())
@@ -48,9 +61,9 @@ async fn a_failed_write_takes_back_its_own_and_harms_no_other() {
         let store = Store::open(location, &SCHEMA).await.unwrap();
         let failing = store.write(soon(), |connection| {
             insert(2)(connection)?;
-            Err::<(), _>(Error::new(ErrorKind::Conflict, "no"))
+            Err::<(), _>(Error::new(ErrorKind::Conflict, "no").into())
         });
-        let panicking = store.write(soon(), |connection| -> Result<()> {
+        let panicking = store.write(soon(), |connection| -> Result<(), Fault> {
             insert(3)(connection)?;
             panic!("on purpose")
         });

@@ -14,7 +14,7 @@ use crate::{
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
     names::{GuestAddress, GuestId},
-    sqlite::{Location, Schema, Store},
+    sqlite::{Fault, Location, Schema, Store},
     workflow::{
         journal::{Entry, Journal, check_owner},
         record::Record,
@@ -77,24 +77,17 @@ impl Records for SqliteRecords {
             let stored: Option<i64> = db
                 .prepare_cached(
                     "SELECT revision FROM records WHERE guest = ?1 AND incarnation = ?2",
-                )
-                .and_then(|mut query| {
-                    query
-                        .query_row(params![guest, incarnation], |row| row.get(0))
-                        .optional()
-                })
-                .map_err(Error::from)?;
+                )?
+                .query_row(params![guest, incarnation], |row| row.get(0))
+                .optional()?;
             check_revision(&record, stored.unwrap_or(0).unsigned_abs())?;
-            db.prepare_cached("INSERT OR REPLACE INTO records VALUES (?1, ?2, ?3, ?4)")
-                .and_then(|mut insert| {
-                    insert.execute(params![
-                        guest,
-                        incarnation,
-                        as_integer(record.revision).ok(),
-                        text
-                    ])
-                })
-                .map_err(Error::from)?;
+            db.prepare_cached("INSERT OR REPLACE INTO records VALUES (?1, ?2, ?3, ?4)")?
+                .execute(params![
+                    guest,
+                    incarnation,
+                    as_integer(record.revision)?,
+                    text
+                ])?;
             Ok(())
         };
         self.store.write(PATIENCE.into(), write).await
@@ -106,13 +99,10 @@ impl Records for SqliteRecords {
         let text: Option<String> = self
             .store
             .read(PATIENCE.into(), move |db| {
-                db.prepare_cached(sql)
-                    .and_then(|mut query| {
-                        query
-                            .query_row([guest.as_str()], |row| row.get(0))
-                            .optional()
-                    })
-                    .map_err(Error::from)
+                Ok(db
+                    .prepare_cached(sql)?
+                    .query_row([guest.as_str()], |row| row.get(0))
+                    .optional()?)
             })
             .await?;
         text.as_deref().map(from_json).transpose()
@@ -168,7 +158,7 @@ impl SqliteJournal {
 
     async fn write<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&rusqlite::Connection) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&rusqlite::Connection) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T> {
         self.store.write(Deadline::after(PATIENCE), work).await
     }
@@ -186,15 +176,12 @@ impl Journal for SqliteJournal {
                 .query_row("SELECT address, dismissed FROM machine", [], |row| {
                     Ok((row.get(0)?, row.get(1)?))
                 })
-                .optional()
-                .map_err(Error::from)?;
+                .optional()?;
             let Some((bound, dismissed)) = bound else {
-                return db
-                    .execute("INSERT INTO machine VALUES (1, ?1, 0)", [text])
-                    .map(|_| ())
-                    .map_err(Error::from);
+                db.execute("INSERT INTO machine VALUES (1, ?1, 0)", [text])?;
+                return Ok(());
             };
-            check_owner(Some(&from_json(&bound)?), dismissed, &address)
+            Ok(check_owner(Some(&from_json(&bound)?), dismissed, &address)?)
         })
         .await
     }
@@ -206,10 +193,9 @@ impl Journal for SqliteJournal {
             db.prepare_cached(
                 "INSERT INTO entries (command, disposable, entry) VALUES (?1, ?2, ?3)
                  ON CONFLICT (command) DO UPDATE SET disposable = ?2, entry = ?3",
-            )
-            .and_then(|mut insert| insert.execute(params![command.as_str(), disposable, text]))
-            .map(|_| ())
-            .map_err(Error::from)
+            )?
+            .execute(params![command.as_str(), disposable, text])?;
+            Ok(())
         })
         .await
     }
@@ -225,9 +211,8 @@ impl Journal for SqliteJournal {
 
     async fn dismiss(&self) -> Result<()> {
         self.write(|db| {
-            db.execute("UPDATE machine SET dismissed = 1", [])
-                .map(|_| ())
-                .map_err(Error::from)
+            db.execute("UPDATE machine SET dismissed = 1", [])?;
+            Ok(())
         })
         .await
     }
@@ -240,9 +225,8 @@ impl Journal for SqliteJournal {
                      SELECT position FROM entries WHERE disposable ORDER BY position DESC
                      LIMIT -1 OFFSET ?1)",
                 [keep],
-            )
-            .map(|_| ())
-            .map_err(Error::from)
+            )?;
+            Ok(())
         })
         .await
     }
@@ -298,10 +282,10 @@ impl OwnerLock {
     }
 }
 
-fn strings(db: &rusqlite::Connection, sql: &str) -> Result<Vec<String>> {
-    db.prepare_cached(sql)
-        .and_then(|mut query| query.query_map([], |row| row.get(0))?.collect())
-        .map_err(Error::from)
+fn strings(db: &rusqlite::Connection, sql: &str) -> Result<Vec<String>, Fault> {
+    let mut query = db.prepare_cached(sql)?;
+    let texts = query.query_map([], |row| row.get(0))?;
+    Ok(texts.collect::<rusqlite::Result<_>>()?)
 }
 
 fn to_json(value: &impl serde::Serialize) -> Result<String> {
