@@ -10,7 +10,7 @@ use tokio::{
 use crate::{
     broker::QueueSpec,
     deadline::Deadline,
-    error::{Error, ErrorKind, Result},
+    error::{Error, ErrorKind, Outcome, Result},
     wire::{Command, CommandState, Phase, RemoteError, Report, ReportEvent},
     workflow::{
         backoff::Backoff,
@@ -55,6 +55,8 @@ pub(super) struct Driver {
     backoff: Backoff,
     next_probe: Instant,
     revoking_fails_since: Option<Instant>,
+    /// The record counts the copy that the next publish stores.
+    counted: bool,
 }
 
 impl Driver {
@@ -73,6 +75,7 @@ impl Driver {
             backoff: fast_backoff(),
             next_probe: Instant::now(),
             revoking_fails_since: None,
+            counted: false,
         }
     }
 
@@ -143,6 +146,11 @@ impl Driver {
     }
 
     async fn publish(&mut self) -> Result<()> {
+        if !self.counted {
+            // Tried before, by this process or by one that was killed (cases W14, W19).
+            self.learn(Event::SendAgain).await?;
+        }
+        self.counted = false;
         let record = &self.record;
         let command = Command::new(
             &record.address,
@@ -159,16 +167,25 @@ impl Driver {
             .publish(&queue, command.to_message()?, deadline)
             .await
         {
+            Ok(receipt) if receipt.duplicate => self.learn(Event::AlreadyThere).await,
             Ok(_) => self.learn(Event::SendConfirmed).await,
-            Err(error) => match error.kind() {
-                ErrorKind::NoQueue => self.learn(Event::QueueGone).await,
-                ErrorKind::TooLarge { .. } => {
-                    let reason = Reason::new(ReasonKind::Poison, error.to_string());
-                    self.learn(Event::GiveUp(reason)).await
-                }
-                // Unknown or not stored: the same id again (case W19).
-                _ => self.trouble(error).await,
-            },
+            Err(error) if error.outcome() == Some(Outcome::NotStored) => {
+                self.learn(Event::NotStored).await?;
+                self.not_published(error).await
+            }
+            Err(error) => self.not_published(error).await,
+        }
+    }
+
+    async fn not_published(&mut self, error: Error) -> Result<()> {
+        match error.kind() {
+            ErrorKind::NoQueue => self.learn(Event::QueueGone).await,
+            ErrorKind::TooLarge { .. } => {
+                let reason = Reason::new(ReasonKind::Poison, error.to_string());
+                self.learn(Event::GiveUp(reason)).await
+            }
+            // Unknown or not stored: the same id again (case W19).
+            _ => self.trouble(error).await,
         }
     }
 
@@ -266,19 +283,23 @@ impl Driver {
                 Ok(_) | Err(_) => {}
             }
         }
-        match self.inner.fence(&self.record.address).await {
-            Ok(_) if withdrawn => {
-                self.learn(Event::Command(CommandState::Withdrawn, None))
-                    .await
+        let event = match self.inner.take_queue(&self.record.address).await {
+            Ok(_) if withdrawn => Event::Command(CommandState::Withdrawn, None),
+            Ok(taken) => {
+                let copies = taken.iter().flatten().filter(|id| **id == command).count();
+                Event::Fenced {
+                    arbitrated: taken.is_some(),
+                    discarded: u32::try_from(copies).unwrap_or(u32::MAX),
+                }
             }
-            Ok(ids) => {
-                self.learn(Event::Fenced {
-                    discarded: ids.contains(&command),
-                })
-                .await
-            }
-            Err(error) => self.revoking_failed(error).await,
+            Err(error) => return self.revoking_failed(error).await,
+        };
+        self.learn(event).await?;
+        if self.record.state.is_terminal() {
+            // Not before: a guest that goes on to its outcome has to live for it (case W37).
+            self.inner.dismiss(self.record.address.clone());
         }
+        Ok(())
     }
 
     /// The outcome stands; the machine is not to go on.
@@ -294,7 +315,11 @@ impl Driver {
             if self.record.sent == Sent::Never {
                 // It was never published, so nothing can run. What is left of its queue is swept up
                 // when the broker is back.
-                return self.learn(Event::Fenced { discarded: false }).await;
+                let nothing = Event::Fenced {
+                    arbitrated: false,
+                    discarded: 0,
+                };
+                return self.learn(nothing).await;
             }
             self.tell.send_modify(|progress| progress.stuck = true);
         }
@@ -369,6 +394,7 @@ impl Driver {
     /// Takes in an event; returns when what it changed is on disk.
     async fn learn(&mut self, event: Event) -> Result<()> {
         let mut next = self.record.clone();
+        let copies = next.copies;
         if machine::apply(&mut next, event, now_ms()) {
             let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
             while let Err(error) = self.inner.save(&mut next).await {
@@ -382,6 +408,7 @@ impl Driver {
             let record = Arc::new(next.clone());
             self.tell.send_modify(|progress| progress.record = record);
             self.inner.announce(&next);
+            self.counted |= next.copies > copies;
         }
         self.record = next;
         Ok(())

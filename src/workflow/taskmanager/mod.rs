@@ -383,21 +383,26 @@ impl Inner {
     }
 
     /// Takes a machine's queue away, with all that is in it, and tells a guest that is still there.
-    /// Returns the ids of what nobody had acked.
-    async fn fence(&self, address: &GuestAddress) -> Result<Vec<crate::MessageId>> {
+    async fn fence(&self, address: &GuestAddress) -> Result<()> {
+        self.take_queue(address).await?;
+        self.dismiss(address.clone());
+        Ok(())
+    }
+
+    /// Takes a machine's queue away. Returns the ids of what nobody had acked; None if it was gone
+    /// already, so that what was in it is not known.
+    async fn take_queue(&self, address: &GuestAddress) -> Result<Option<Vec<crate::MessageId>>> {
         let queue = address.queue();
         let deadline = Deadline::after(OPERATION);
-        let ids = match self
+        match self
             .broker
             .delete(&queue, DeleteMode::Discard, deadline)
             .await
         {
-            Ok(discarded) => discarded.ids,
-            Err(error) if *error.kind() == ErrorKind::NoQueue => Vec::new(),
-            Err(error) => return Err(error),
-        };
-        self.dismiss(address.clone());
-        Ok(ids)
+            Ok(discarded) => Ok(Some(discarded.ids)),
+            Err(error) if *error.kind() == ErrorKind::NoQueue => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Tells a machine that it was given up, if its agent is there. That is a courtesy: without its
