@@ -41,6 +41,14 @@ struct Running {
     cancel: watch::Sender<bool>,
 }
 
+/// Nothing runs without the guest that writes down what came of it: a second one, on the same
+/// journal, would run it beside this one.
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
 pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) -> Result<Served> {
     let mut shutdown = pin!(shutdown);
     let mut dismissed = guest.book.dismissed();
@@ -69,7 +77,7 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
             }
             Step::Ended(result) => {
                 if let Some(ended) = running.take() {
-                    guest.finish(ended.command, result).await?;
+                    guest.finish(ended.command.clone(), result).await?;
                     guest.book.set_phase(Phase::Idle);
                 }
             }
@@ -151,9 +159,7 @@ async fn stop(mut guest: Guest, running: Option<Running>) -> Result<()> {
             Ok(result) => guest.finish(command, result).await?,
             Err(_) => {
                 tracing::warn!(guest = %guest.address, %command, "still running after its grace: interrupted");
-                if let Some(running) = handler {
-                    running.task.abort();
-                }
+                drop(handler);
             }
         }
     }
