@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 use std::{
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -10,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use serde_json::{Value, json};
 use tokio::{
     sync::{Notify, oneshot},
@@ -18,8 +20,10 @@ use tokio::{
 
 use super::*;
 use crate::{
-    Broker, Deadline, ErrorKind, GuestAddress, GuestId, Incarnation, Message, Phase, Result,
-    broker::DeleteMode, wire::Command,
+    Broker, Deadline, Error, ErrorKind, GuestAddress, GuestId, Incarnation, Message, Phase,
+    QueueName, Result,
+    broker::{self, DeleteMode, QueueSpec},
+    wire::Command,
 };
 
 /// Far longer than anything here takes: only a defect reaches it.
@@ -411,9 +415,14 @@ async fn w14_w15_a_taskmanager_that_ends_anywhere_is_resumed() {
 
 /// The next taskmanager on the same records, once the last one has let go of its queue.
 async fn resumed(world: &World) -> Taskmanager {
+    resumed_over(world, world.broker.clone()).await
+}
+
+/// The same over this broker.
+async fn resumed_over(world: &World, broker: Arc<dyn Broker>) -> Taskmanager {
     let started = Instant::now();
     loop {
-        match Taskmanager::new(world.broker.clone(), world.records.clone()).await {
+        match Taskmanager::new(broker.clone(), world.records.clone()).await {
             Ok(taskmanager) => return taskmanager,
             Err(error) => {
                 assert_eq!(*error.kind(), ErrorKind::Conflict);
@@ -678,6 +687,204 @@ async fn w36_w37_a_cancel_meets_one_truth() {
             "round {round}"
         );
     }
+}
+
+/// A broker whose lanes lose the questions that have this word in them.
+#[derive(Debug)]
+struct Deaf {
+    broker: Arc<dyn Broker>,
+    to: &'static [u8],
+}
+
+#[async_trait::async_trait]
+impl Broker for Deaf {
+    fn backend(&self) -> &'static str {
+        self.broker.backend()
+    }
+    async fn declare(&self, spec: &QueueSpec, deadline: Deadline) -> Result<broker::Declared> {
+        self.broker.declare(spec, deadline).await
+    }
+    async fn status(&self, queue: &QueueName, deadline: Deadline) -> Result<broker::QueueStatus> {
+        self.broker.status(queue, deadline).await
+    }
+    async fn list(&self, deadline: Deadline) -> Result<Vec<broker::QueueStatus>> {
+        self.broker.list(deadline).await
+    }
+    async fn delete(
+        &self,
+        queue: &QueueName,
+        mode: DeleteMode,
+        deadline: Deadline,
+    ) -> Result<broker::Discarded> {
+        self.broker.delete(queue, mode, deadline).await
+    }
+    async fn publish(
+        &self,
+        queue: &QueueName,
+        message: Message,
+        deadline: Deadline,
+    ) -> Result<broker::Receipt> {
+        self.broker.publish(queue, message, deadline).await
+    }
+    async fn consume(
+        &self,
+        queue: &QueueName,
+        options: broker::ConsumeOptions,
+        deadline: Deadline,
+    ) -> Result<Box<dyn broker::Consumer>> {
+        self.broker.consume(queue, options, deadline).await
+    }
+    async fn dead_letters(
+        &self,
+        queue: &QueueName,
+        after: Option<&broker::DeadLetterKey>,
+        limit: NonZeroU32,
+        deadline: Deadline,
+    ) -> Result<Vec<broker::DeadLetter>> {
+        self.broker
+            .dead_letters(queue, after, limit, deadline)
+            .await
+    }
+    async fn redrive(
+        &self,
+        queue: &QueueName,
+        key: &broker::DeadLetterKey,
+        deadline: Deadline,
+    ) -> Result<bool> {
+        self.broker.redrive(queue, key, deadline).await
+    }
+    async fn request(&self, lane: &GuestAddress, body: Bytes, deadline: Deadline) -> Result<Bytes> {
+        if body.windows(self.to.len()).any(|part| part == self.to) {
+            return Err(Error::new(ErrorKind::ConsumerSilent, "nobody answers"));
+        }
+        self.broker.request(lane, body, deadline).await
+    }
+    async fn respond(
+        &self,
+        lane: &GuestAddress,
+        deadline: Deadline,
+    ) -> Result<Box<dyn broker::Responder>> {
+        self.broker.respond(lane, deadline).await
+    }
+    async fn durability(&self, deadline: Deadline) -> Result<crate::durability::DurabilityReport> {
+        self.broker.durability(deadline).await
+    }
+    async fn close(&self, deadline: Deadline) -> Result<()> {
+        self.broker.close(deadline).await
+    }
+}
+
+/// A guest whose prepare tells that it runs, and goes on when it is told to.
+async fn two_steps(world: &World) -> (Running, Arc<Notify>, Arc<Notify>) {
+    let (started, proceed) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (tell, wait, runs) = (started.clone(), proceed.clone(), world.runs.clone());
+    let guest = world.attach(PATIENCE).await.unwrap();
+    let guest = guest.on_prepare(move |(): (), _| {
+        let (tell, wait, runs) = (tell.clone(), wait.clone(), runs.clone());
+        async move {
+            runs.fetch_add(1, Ordering::SeqCst);
+            tell.notify_one();
+            wait.notified().await;
+            Ok::<_, Failure>(())
+        }
+    });
+    (Running::start(guest), started, proceed)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn w37_a_guest_that_accepted_before_the_fence_lives_on() {
+    let mut world = World::new().await;
+    world.taskmanager.close();
+    let broker = Arc::new(Deaf {
+        broker: world.broker.clone(),
+        to: b"withdraw",
+    });
+    world.taskmanager = resumed_over(&world, broker).await;
+    let provision = world.taskmanager.provision("vm", ());
+    provision.start().await.unwrap();
+    let (guest, started, proceed) = two_steps(&world).await;
+    started.notified().await;
+    world.until(State::Running).await;
+    let cancelled = world.taskmanager.cancel(&id("vm")).await.unwrap();
+    assert_eq!(cancelled, Cancelled::TooLate);
+    // Were it dismissed after the fence, that would be here by the time that this is answered.
+    world.until(State::Running).await;
+    world.taskmanager.guest("vm").ping(secs(5)).await.unwrap();
+    assert!(!guest.served.is_finished());
+    proceed.notify_one();
+    world.until(State::Succeeded).await;
+    assert_eq!((guest.stop().await, world.runs()), (Served::Stopped, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn w15_silence_is_counted_from_when_somebody_listens() {
+    let mut world = World::new().await;
+    world.taskmanager.provision("vm", ()).start().await.unwrap();
+    let (guest, started, proceed) = two_steps(&world).await;
+    started.notified().await;
+    world.until(State::Running).await;
+    world.taskmanager.close();
+    // Nobody was there to hear the guest for ten minutes.
+    let mut record = world.taskmanager.record(&id("vm")).await.unwrap().unwrap();
+    record.seen_ms = record.seen_ms.map(|seen| seen - 600_000);
+    record.revision += 1;
+    world.records.save(&record).await.unwrap();
+    world.taskmanager = resumed(&world).await;
+    let waiting = world.provision(world.taskmanager.provision("vm", ()));
+    let handle = world.taskmanager.guest("vm");
+    handle.ping(secs(5)).await.unwrap();
+    proceed.notify_one();
+    let outcome = waiting.await.unwrap().unwrap();
+    assert_eq!(outcome.state(), State::Succeeded, "{outcome}");
+    guest.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handler_ends_with_the_guest_that_runs_it() {
+    struct Tell(Option<oneshot::Sender<()>>);
+    impl Drop for Tell {
+        fn drop(&mut self) {
+            _ = self.0.take().unwrap().send(());
+        }
+    }
+    let world = World::new().await;
+    world.taskmanager.provision("vm", ()).start().await.unwrap();
+    let (dropped, is_dropped) = oneshot::channel();
+    let tell = Arc::new(std::sync::Mutex::new(Some(Tell(Some(dropped)))));
+    let started = Arc::new(Notify::new());
+    let running = started.clone();
+    let guest = world.attach(PATIENCE).await.unwrap();
+    let guest = Running::start(guest.on_prepare(move |(): (), _| {
+        let (tell, running) = (tell.lock().unwrap().take(), running.clone());
+        async move {
+            running.notify_one();
+            std::future::pending::<()>().await;
+            drop(tell);
+            Ok::<_, Failure>(())
+        }
+    }));
+    started.notified().await;
+    guest.kill().await;
+    tokio::time::timeout(PATIENCE, is_dropped)
+        .await
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn w23_a_queue_deleted_before_its_guest_came_is_declared_again() {
+    let world = World::new().await;
+    world.taskmanager.provision("vm", ()).start().await.unwrap();
+    world.until(State::AwaitingGuest).await;
+    let queue = GuestAddress::from(id("vm")).queue();
+    world
+        .broker
+        .delete(&queue, DeleteMode::Discard, within())
+        .await
+        .unwrap();
+    let guest = world.guest().await;
+    world.until(State::Succeeded).await;
+    guest.stop().await;
 }
 
 impl Running {

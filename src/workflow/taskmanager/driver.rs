@@ -62,10 +62,15 @@ pub(super) struct Driver {
 impl Driver {
     pub(super) fn new(
         inner: Arc<Inner>,
-        record: Record,
+        mut record: Record,
         inbox: mpsc::Receiver<Signal>,
         tell: watch::Sender<Progress>,
     ) -> Self {
+        if record.accepted {
+            // Not each sign of life is on disk, and while nobody listened there was none to hear: the
+            // guest's silence is counted from now (case W15).
+            record.seen_ms = Some(now_ms());
+        }
         Self {
             inner,
             record,
@@ -137,8 +142,17 @@ impl Driver {
         };
         match pong {
             Ok(pong) if pong.phase == Phase::WaitingForQueue => {
-                // It will be attached in a moment, and say so.
-                self.pause(Duration::from_millis(50)).await
+                // It will be attached in a moment, and say so; unless its queue was deleted meanwhile
+                // (case W23).
+                let queue = self.record.address.queue();
+                let deadline = Deadline::after(OPERATION);
+                match self.inner.broker.status(&queue, deadline).await {
+                    Err(error) if *error.kind() == ErrorKind::NoQueue => {
+                        self.learn(Event::QueueGone).await
+                    }
+                    Err(error) => self.trouble(error).await,
+                    Ok(_) => self.pause(Duration::from_millis(50)).await,
+                }
             }
             Ok(pong) => self.learn(Event::Pong(pong.boot)).await,
             Err(error) => self.trouble(error).await,
