@@ -138,6 +138,11 @@ pub(crate) fn apply(record: &mut Record, event: Event, now_ms: u64) -> bool {
                     end(record, outcome, now_ms)
                 }
                 CommandState::Running { .. } => accepted(record, now_ms),
+                // Its queue is to go too, before the outcome stands.
+                CommandState::Withdrawn if record.state != State::Revoking => {
+                    let reason = why(record);
+                    revoke(record, reason, now_ms)
+                }
                 CommandState::Withdrawn => {
                     let reason = why(record);
                     end(record, ProvisionOutcome::NotDelivered { reason }, now_ms)
@@ -213,6 +218,10 @@ pub(crate) fn apply(record: &mut Record, event: Event, now_ms: u64) -> bool {
 
 /// When [`Event::Tick`] has something to do next, in milliseconds since 1970.
 pub(crate) fn next_tick_ms(record: &Record) -> u64 {
+    if record.state == State::Revoking {
+        // It has been given up; how long that takes has no deadline.
+        return u64::MAX;
+    }
     let total = after(record.created_ms, record.deadlines.total);
     stage_deadline(record)
         .map_or(total, |(_, deadline)| deadline.min(total))
@@ -540,6 +549,26 @@ mod tests {
         assert_eq!(revoked(&refused, 1), not_delivered);
         // The guest said that it has one: a copy more or less changes nothing.
         assert_eq!(revoked(&[Event::Accepted(boot())], 1), too_late);
+    }
+
+    #[test]
+    fn revoking_has_no_deadline_and_comes_before_not_delivered() {
+        let events = [Event::Declared, Event::Pong(boot()), Event::SendConfirmed];
+        let mut record = after_events(SendPolicy::PingFirst, events.map(|event| (event, 1)));
+        apply(
+            &mut record,
+            Event::Command(CommandState::Withdrawn, None),
+            2,
+        );
+        assert_eq!(todo(&record), Todo::Revoke);
+        // A tick that has passed already would make each pause between two attempts nothing.
+        assert_eq!(next_tick_ms(&record), u64::MAX);
+        apply(
+            &mut record,
+            Event::Command(CommandState::Withdrawn, None),
+            3,
+        );
+        assert_eq!(record.state, State::NotDelivered);
     }
 
     #[test]
