@@ -260,6 +260,63 @@ async fn w1_a_failed_host_ends_the_wait_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn w1_a_slow_host_is_heard_through_signals_and_pauses() {
+    /// Answers once its question has been there for longer than the waits of the first moments.
+    struct Slow;
+    #[async_trait::async_trait]
+    impl HostProbe for Slow {
+        async fn probe(&self, _: &GuestAddress) -> HostState {
+            tokio::time::sleep(secs(5)).await;
+            HostState::Failed("it took its time".into())
+        }
+    }
+    let world = World::new().await;
+    world.taskmanager.probe_hosts(Slow);
+    let provision = world.taskmanager.provision("vm", ());
+    let outcome = provision.boot_deadline(secs(20)).await.unwrap();
+    assert_eq!(
+        kind_of(&outcome),
+        (State::NotDelivered, ReasonKind::HostFailed, None)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_guest_accepted_and_never_started_is_sent_again() {
+    let mut world = World::new().await;
+    let provision = world.taskmanager.provision("vm", ());
+    let provision = provision.policy(SendPolicy::EnqueueFirst);
+    provision.start().await.unwrap();
+    world.until(State::Sent).await;
+    world.taskmanager.close();
+    // The guest acked it and ended there; the fence of a cancel that came then found it taken.
+    let queue = GuestAddress::from(id("vm")).queue();
+    let discard = DeleteMode::Discard;
+    world
+        .broker
+        .delete(&queue, discard, within())
+        .await
+        .unwrap();
+    let spec = QueueSpec::new(queue);
+    world.broker.declare(&spec, within()).await.unwrap();
+    let mut record = world.taskmanager.record(&id("vm")).await.unwrap().unwrap();
+    let kind = crate::MessageId::new(record.kind()).unwrap();
+    let (command, payload) = (record.command.clone(), record.payload.clone());
+    let reports = Some(QueueName::reports("main").unwrap());
+    let command = Command::new(&record.address, command, kind, reports, payload);
+    let entry = Entry::accepted(&command);
+    world.journal.save(&entry).await.unwrap();
+    (record.state, record.accepted) = (State::Running, true);
+    record.revision += 1;
+    world.records.save(&record).await.unwrap();
+
+    world.taskmanager = resumed(&world).await;
+    let guest = world.guest().await;
+    world.until(State::Succeeded).await;
+    assert_eq!(world.runs(), 1);
+    guest.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_prepare_that_fails_or_panics_says_why() {
     for (panics, expected) in [
         (false, "disk is full: no space"),

@@ -1,6 +1,6 @@
 //! Drives one provisioning: learns, saves, and only then acts.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -45,6 +45,9 @@ pub(super) enum Signal {
     Cancel(oneshot::Sender<Cancelled>),
 }
 
+/// What the host says of a machine, if it says something in time.
+type Probing = Pin<Box<dyn Future<Output = Option<HostState>> + Send>>;
+
 /// Drives one record to its end.
 pub(super) struct Driver {
     inner: Arc<Inner>,
@@ -54,6 +57,9 @@ pub(super) struct Driver {
     cancels: Vec<oneshot::Sender<Cancelled>>,
     backoff: Backoff,
     next_probe: Instant,
+    /// A question to the host that is not answered yet. It outlives the pause in which it was asked:
+    /// most are shorter than a slow host takes.
+    probing: Option<Probing>,
     revoking_fails_since: Option<Instant>,
     /// The record counts the copy that the next publish stores.
     counted: bool,
@@ -79,6 +85,7 @@ impl Driver {
             cancels: Vec::new(),
             backoff: fast_backoff(),
             next_probe: Instant::now(),
+            probing: None,
             revoking_fails_since: None,
             counted: false,
         }
@@ -223,24 +230,25 @@ impl Driver {
                     .await
             }
             Ok(state) => {
-                let may_be_lost = matches!(state, CommandState::Unknown | CommandState::Accepted);
+                // It starts nothing before an ack is confirmed; one that it had no word of will not be.
+                let not_started = matches!(state, CommandState::Unknown | CommandState::Accepted);
                 self.learn(Event::Command(state, None)).await?;
-                if may_be_lost {
-                    self.look_for_prepare().await
+                if not_started {
+                    self.look_for_prepare(true).await
                 } else {
                     Ok(())
                 }
             }
             Err(error) => {
                 self.learn(Event::Trouble(Trouble::from(&error))).await?;
-                self.look_for_prepare().await
+                self.look_for_prepare(false).await
             }
         }
     }
 
-    /// The guest does not have prepare: it is in the queue, or among the dead letters, or lost
+    /// As far as is known the guest has not started prepare: it is in the queue, or among the dead letters, or lost
     /// (cases W23, W24).
-    async fn look_for_prepare(&mut self) -> Result<()> {
+    async fn look_for_prepare(&mut self, not_started: bool) -> Result<()> {
         let queue = self.record.address.queue();
         let deadline = Deadline::after(OPERATION);
         let status = match self.inner.broker.status(&queue, deadline).await {
@@ -250,7 +258,8 @@ impl Driver {
             }
             Err(error) => return self.trouble(error).await,
         };
-        if self.record.accepted || status.ready + status.delayed + status.in_flight > 0 {
+        let may_have_started = self.record.accepted && !not_started;
+        if may_have_started || status.ready + status.delayed + status.in_flight > 0 {
             return Ok(());
         }
         if status.dead > 0 {
@@ -317,7 +326,7 @@ impl Driver {
     }
 
     /// The outcome stands; the machine is not to go on.
-    async fn fence_after_the_end(&self) {
+    async fn fence_after_the_end(&mut self) {
         if let Err(error) = self.inner.fence(&self.record.address).await {
             tracing::warn!(guest = %self.record.address, %error, "its queue is still there");
         }
@@ -355,7 +364,7 @@ impl Driver {
         let until_tick = Duration::from_millis(until_tick.saturating_add(1));
         tokio::select! {
             signal = self.inbox.recv() => self.handle(signal).await,
-            reason = host_failure(&self.inner, &self.record, &mut self.next_probe) => {
+            reason = host_failure(&self.inner, &self.record, &mut self.next_probe, &mut self.probing) => {
                 self.learn(Event::GiveUp(reason)).await
             }
             () = sleep(longest.min(until_tick)) => Ok(()),
@@ -449,19 +458,32 @@ fn fast_backoff() -> Backoff {
 }
 
 /// Returns when the host says that the machine will not come to anything.
-async fn host_failure(inner: &Inner, record: &Record, next_probe: &mut Instant) -> Reason {
+async fn host_failure(
+    inner: &Inner,
+    record: &Record,
+    next_probe: &mut Instant,
+    probing: &mut Option<Probing>,
+) -> Reason {
     let probe = lock(&inner.probe).clone();
     let (Some(probe), false) = (probe, record.state == State::Revoking) else {
         return std::future::pending().await;
     };
     loop {
-        sleep_until(*next_probe).await;
-        let state = timeout(PROBE_WITHIN, probe.probe(&record.address)).await;
+        if probing.is_none() {
+            sleep_until(*next_probe).await;
+        }
+        let (probe, machine) = (probe.clone(), record.address.clone());
+        let state = probing
+            .get_or_insert_with(|| {
+                Box::pin(async move { timeout(PROBE_WITHIN, probe.probe(&machine)).await.ok() })
+            })
+            .await;
+        *probing = None;
         *next_probe = Instant::now() + PROBE_EVERY;
         let detail = match state {
-            Ok(HostState::Failed(detail)) => detail,
-            Ok(HostState::Gone) => "the machine is gone".into(),
-            Ok(HostState::Booting | HostState::Up) | Err(_) => continue,
+            Some(HostState::Failed(detail)) => detail,
+            Some(HostState::Gone) => "the machine is gone".into(),
+            Some(HostState::Booting | HostState::Up) | None => continue,
         };
         return Reason::new(ReasonKind::HostFailed, detail);
     }
