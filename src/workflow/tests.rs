@@ -944,6 +944,85 @@ async fn w23_a_queue_deleted_before_its_guest_came_is_declared_again() {
     guest.stop().await;
 }
 
+/// Records that store everything, and say once that they did not.
+#[derive(Clone, Debug)]
+struct Doubtful(MemoryRecords, Arc<AtomicU32>);
+
+#[async_trait::async_trait]
+impl Records for Doubtful {
+    async fn own(&self) -> Result<()> {
+        self.0.own().await
+    }
+    async fn save(&self, record: &Record) -> Result<()> {
+        self.0.save(record).await?;
+        if self.1.fetch_add(1, Ordering::SeqCst) == 1 {
+            return Err(Error::new(ErrorKind::DeadlineExceeded, "no answer in time"));
+        }
+        Ok(())
+    }
+    async fn newest(&self, guest: &GuestId) -> Result<Option<Record>> {
+        self.0.newest(guest).await
+    }
+    async fn list(&self) -> Result<Vec<Record>> {
+        self.0.list().await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_save_that_was_stored_without_an_answer_stops_nothing() {
+    let mut world = World::new().await;
+    let records = Doubtful(MemoryRecords::default(), Arc::default());
+    let named = Taskmanager::named("other", world.broker.clone(), records);
+    world.taskmanager = named.await.unwrap();
+    let waiting = world.provision(world.taskmanager.provision("vm", ()));
+    let guest = world.guest().await;
+    let outcome = waiting.await.unwrap().unwrap();
+    assert_eq!(outcome.state(), State::Succeeded);
+    guest.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_recorded_and_not_driven_is_cancelled_and_deleted_all_the_same() {
+    let world = World::new().await;
+    let mut record = Record::new(
+        GuestAddress::from(id("vm")),
+        serde_json::value::RawValue::NULL.to_owned(),
+        SendPolicy::default(),
+        Deadlines::default(),
+        1,
+    );
+    record.deadlines.total = secs(u64::MAX / 1_000_000);
+    record.deadlines.boot = record.deadlines.total;
+    record.revision = 1;
+    world.records.save(&record).await.unwrap();
+    let cancelled = world.taskmanager.cancel(&id("vm")).await.unwrap();
+    assert_eq!(cancelled, Cancelled::Revoked);
+    assert_eq!(world.state().await, Some(State::NotDelivered));
+    world.taskmanager.delete(&id("vm")).await.unwrap();
+    assert_eq!(world.state().await, Some(State::Deleted));
+    // Nothing is decided any more by one that is closed, and it does not say so.
+    world.taskmanager.close();
+    let error = world.taskmanager.cancel(&id("vm")).await.unwrap_err();
+    assert_eq!(*error.kind(), ErrorKind::Closed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn w25_a_machine_is_fenced_though_its_successor_never_came() {
+    let world = World::new().await;
+    world.taskmanager.provision("vm", ()).start().await.unwrap();
+    let zombie = world.guest().await;
+    world.until(State::Succeeded).await;
+    // The second was given up before it was declared: the broker was out of reach.
+    let mut second = world.taskmanager.record(&id("vm")).await.unwrap().unwrap();
+    second.address.incarnation = second.address.incarnation.next();
+    (second.state, second.revision) = (State::NotDelivered, 1);
+    world.records.save(&second).await.unwrap();
+    let third = world.taskmanager.provision("vm", ()).again(true);
+    assert_eq!(third.start().await.unwrap().address.incarnation.get(), 3);
+    let served = tokio::time::timeout(PATIENCE, zombie.served).await;
+    assert_eq!(served.unwrap().unwrap().unwrap(), Served::Revoked);
+}
+
 impl Running {
     async fn kill_or_ended(self) {
         self.served.abort();

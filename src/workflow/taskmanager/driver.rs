@@ -122,8 +122,10 @@ impl Driver {
 
     async fn declare(&mut self) -> Result<()> {
         // A machine of an earlier incarnation may still be there (case W25): it loses its queue first.
+        // Any earlier one: the last may have been given up before it came to this.
         let number = self.record.address.incarnation.get();
-        if let Ok(earlier) = crate::Incarnation::new(number - 1) {
+        for earlier in (1..number).rev() {
+            let earlier = crate::Incarnation::new(earlier)?;
             let earlier = crate::GuestAddress::new(self.record.address.guest.clone(), earlier);
             if let Err(error) = self.inner.fence(&earlier).await {
                 return self.trouble(error).await;
@@ -420,10 +422,23 @@ impl Driver {
         let copies = next.copies;
         if machine::apply(&mut next, event, now_ms()) {
             let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+            let mut may_be_stored = false;
             while let Err(error) = self.inner.save(&mut next).await {
                 if *error.kind() == ErrorKind::Conflict {
-                    return Err(error);
+                    if !may_be_stored {
+                        return Err(error);
+                    }
+                    match self.inner.has_stored(&next).await {
+                        Ok(true) => {
+                            next.revision += 1;
+                            break;
+                        }
+                        Ok(false) => return Err(error),
+                        Err(_) => {}
+                    }
                 }
+                // A store that answers too late, or not at all, may have it nevertheless.
+                may_be_stored = true;
                 tracing::error!(guest = %next.address, %error, "the records refuse; trying again");
                 backoff.pause().await;
             }

@@ -258,17 +258,32 @@ impl Taskmanager {
     /// Dropped early, the cancel may or may not happen; call again.
     pub async fn cancel(&self, guest: &GuestId) -> Result<Cancelled> {
         self.inner.own_or_refuse()?;
-        let Some(driven) = self.inner.driven(guest) else {
-            return match self.record(guest).await? {
-                Some(_) => Ok(Cancelled::HadEnded),
-                None => Err(no_record(guest)),
-            };
+        let driven = match self.inner.driven(guest) {
+            Some(driven) => driven,
+            None => match self.record(guest).await? {
+                Some(record) if record.state.is_terminal() => return Ok(Cancelled::HadEnded),
+                // Its driver stopped; what is recorded is still to be decided.
+                Some(record) => self.inner.drive(record),
+                None => return Err(no_record(guest)),
+            },
         };
         let (to, decided) = oneshot::channel();
-        if driven.signals.send(Signal::Cancel(to)).await.is_err() {
-            return Ok(Cancelled::HadEnded);
+        if driven.signals.send(Signal::Cancel(to)).await.is_ok()
+            && let Ok(cancelled) = decided.await
+        {
+            return Ok(cancelled);
         }
-        decided.await.or(Ok(Cancelled::HadEnded))
+        // Its driver ended first: with the outcome, or without one.
+        self.inner.own_or_refuse()?;
+        match self.record(guest).await? {
+            Some(record) if record.state.is_terminal() => Ok(Cancelled::HadEnded),
+            _ => Err(Error::new(
+                ErrorKind::Conflict,
+                format!(
+                    "the provisioning of {guest} stopped before it was cancelled: cancel it again"
+                ),
+            )),
+        }
     }
 
     /// Ends a guest for good: cancels what is under way, deletes everything of it on the broker, and
@@ -289,6 +304,12 @@ impl Taskmanager {
         let Some(mut record) = self.record(guest).await? else {
             return Err(no_record(guest));
         };
+        if !record.state.is_terminal() {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("{guest} is being provisioned again: cancel that, then delete it"),
+            ));
+        }
         self.inner.fence(&record.address).await?;
         if machine::apply(&mut record, Event::Deleted, now_ms()) {
             self.inner.save(&mut record).await?;
@@ -376,6 +397,23 @@ impl Inner {
         saved
     }
 
+    /// Whether a save of this record that failed has stored it all the same.
+    async fn has_stored(&self, record: &Record) -> Result<bool> {
+        let Some(stored) = self.records.newest(&record.address.guest).await? else {
+            return Ok(false);
+        };
+        let saved = Record {
+            revision: record.revision + 1,
+            ..record.clone()
+        };
+        let form = |record: &Record| {
+            serde_json::to_value(record).map_err(|error| {
+                Error::new(ErrorKind::Internal, format!("no JSON form: {error}")).with_source(error)
+            })
+        };
+        Ok(form(&stored)? == form(&saved)?)
+    }
+
     /// Tells those who watch what was saved.
     fn announce(&self, record: &Record) {
         // Nobody has to watch.
@@ -428,6 +466,12 @@ impl Inner {
     }
 
     fn own_or_refuse(&self) -> Result<()> {
+        if *self.closed.borrow() {
+            return Err(Error::new(
+                ErrorKind::Closed,
+                "the taskmanager is closed; what is under way stays recorded",
+            ));
+        }
         if self.owner {
             return Ok(());
         }
