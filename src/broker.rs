@@ -127,7 +127,9 @@ pub trait Broker: Send + Sync + fmt::Debug + 'static {
     /// it is never in both places or in neither (law C7). Returns false if it is not there (any more).
     ///
     /// # Errors
-    /// [`NoQueue`](crate::ErrorKind::NoQueue).
+    /// [`NoQueue`](crate::ErrorKind::NoQueue). The letter stays where it is:
+    /// [`Conflict`](crate::ErrorKind::Conflict) while a message of the same id is in the queue,
+    /// [`BrokerRefused`](crate::ErrorKind::BrokerRefused) while the queue is full.
     async fn redrive(
         &self,
         queue: &QueueName,
@@ -176,7 +178,8 @@ pub struct QueueSpec {
     pub name: QueueName,
     /// After this many deliveries without a settlement a message becomes a dead letter (law C7).
     pub delivery_limit: NonZeroU32,
-    /// The most messages that it holds; more are refused with `NotStored`, none is dropped (law Q12).
+    /// The most messages that it holds, ready, delayed and in flight together, dead letters apart;
+    /// more are refused with `NotStored`, none is dropped (law Q12).
     pub max_messages: Option<u64>,
 }
 
@@ -346,7 +349,8 @@ impl Default for ConsumeOptions {
     }
 }
 
-/// The one consumer of a queue, attached from when it is made until it is dropped or closed.
+/// The one consumer of a queue, attached from when it is made until it is dropped or closed, or its
+/// [`Broker`] is closed. It keeps the connection: dropping the broker's handles does not detach it.
 #[async_trait]
 pub trait Consumer: Send + fmt::Debug {
     /// Waits for the next delivery, in the queue's order, for as long as it takes; through outages

@@ -198,6 +198,12 @@ impl Error {
         self.0.kind.is_retryable()
     }
 
+    /// What happened and what to do, without where: the error's text has that before it.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+
     /// The operation that failed.
     #[must_use]
     pub fn operation(&self) -> Option<&'static str> {

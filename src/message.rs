@@ -173,7 +173,9 @@ impl From<Headers> for BTreeMap<String, String> {
 }
 
 /// What is put into a queue and comes out of it, the same bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// Its Debug form has the body's size, not the body: bodies hold what users call secret (law S4).
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Message {
     /// The unit of de-duplication.
@@ -236,6 +238,29 @@ impl Message {
     pub fn with_from(mut self, from: QueueName) -> Self {
         self.from = Some(from);
         self
+    }
+}
+
+impl fmt::Debug for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let headers: Vec<_> = self.headers.iter().map(|(name, _)| name).collect();
+        f.debug_struct("Message")
+            .field("id", &self.id)
+            .field("kind", &self.kind)
+            .field("content_type", &self.content_type)
+            .field("headers", &headers)
+            .field("from", &self.from)
+            .field("body", &Hidden(self.body.len()))
+            .finish()
+    }
+}
+
+/// What stands in a Debug form for bytes that may be secret.
+pub(crate) struct Hidden(pub(crate) usize);
+
+impl fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.0)
     }
 }
 

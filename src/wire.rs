@@ -24,7 +24,7 @@ use serde_json::value::RawValue;
 
 use crate::{
     error::{Error, ErrorKind, Result},
-    message::{CommandId, Message, MessageId},
+    message::{CommandId, Hidden, Message, MessageId},
     names::{GuestAddress, GuestId, Incarnation, QueueName},
 };
 
@@ -57,7 +57,7 @@ pub struct Command {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reports: Option<QueueName>,
     /// What to do it with: any JSON value.
-    pub payload: Box<RawValue>,
+    pub payload: Payload,
 }
 
 impl Command {
@@ -68,7 +68,7 @@ impl Command {
         command: CommandId,
         kind: MessageId,
         reports: Option<QueueName>,
-        payload: Box<RawValue>,
+        payload: impl Into<Payload>,
     ) -> Self {
         Self {
             wilco: VERSION,
@@ -77,7 +77,7 @@ impl Command {
             command,
             kind,
             reports,
-            payload,
+            payload: payload.into(),
         }
     }
 
@@ -109,6 +109,33 @@ impl Command {
             ));
         }
         Ok(command)
+    }
+}
+
+/// Any JSON value, as the text that travels.
+///
+/// Its Debug form has its size, not its text: payloads hold passwords (law S4).
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Payload(Box<RawValue>);
+
+impl Payload {
+    /// The JSON text.
+    #[must_use]
+    pub fn get(&self) -> &str {
+        self.0.get()
+    }
+}
+
+impl From<Box<RawValue>> for Payload {
+    fn from(value: Box<RawValue>) -> Self {
+        Self(value)
+    }
+}
+
+impl fmt::Debug for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Hidden(self.get().len()).fmt(f)
     }
 }
 
@@ -144,7 +171,7 @@ pub enum ReportEvent {
         /// The command.
         command: CommandId,
         /// What it tells: any JSON value.
-        detail: Box<RawValue>,
+        detail: Payload,
     },
     /// The command has ended.
     Done {
@@ -224,7 +251,7 @@ pub struct Receipt {
 #[serde(rename_all = "snake_case")]
 pub enum CommandResult {
     /// What its handler returned: any JSON value.
-    Ok(Box<RawValue>),
+    Ok(Payload),
     /// Why there is none.
     Error(RemoteError),
 }
@@ -481,14 +508,16 @@ impl CommandState {
 ///
 /// # Errors
 /// [`ErrorKind::InvalidInput`] if it has no JSON form, such as a map whose keys are not strings.
-pub(crate) fn raw(value: &(impl Serialize + ?Sized)) -> Result<Box<RawValue>> {
-    serde_json::value::to_raw_value(value).map_err(|error| {
-        Error::new(
-            ErrorKind::InvalidInput,
-            format!("this value has no JSON form: {error}"),
-        )
-        .with_source(error)
-    })
+pub(crate) fn raw(value: &(impl Serialize + ?Sized)) -> Result<Payload> {
+    serde_json::value::to_raw_value(value)
+        .map(Payload)
+        .map_err(|error| {
+            Error::new(
+                ErrorKind::InvalidInput,
+                format!("this value has no JSON form: {error}"),
+            )
+            .with_source(error)
+        })
 }
 
 fn encode(value: &impl Serialize) -> Result<Bytes> {
@@ -566,7 +595,8 @@ mod tests {
 
     #[test]
     fn commands_match_their_golden_file() {
-        let payload = RawValue::from_string(r#"{"datastore":"mysql","users":[]}"#.into()).unwrap();
+        let payload =
+            Payload(RawValue::from_string(r#"{"datastore":"mysql","users":[]}"#.into()).unwrap());
         let reports = Some(QueueName::reports("main").unwrap());
         let command = Command::new(&address(), id("c-1"), id(PREPARE), reports, payload);
         let message = command.to_message().unwrap();
@@ -580,7 +610,7 @@ mod tests {
 
     #[test]
     fn reports_match_their_golden_files() {
-        let raw = |text: &str| RawValue::from_string(text.into()).unwrap();
+        let raw = |text: &str| Payload(RawValue::from_string(text.into()).unwrap());
         let command = id("c-1");
         let failed = RemoteError::new("failed", "mysqld did not start");
         let events = [

@@ -15,7 +15,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     message::{CommandId, MessageId},
     names::{GuestAddress, QueueName},
-    wire::{Command, CommandResult, CommandState, PREPARE, Receipt},
+    wire::{Command, CommandResult, CommandState, PREPARE, Payload, Receipt},
 };
 
 /// A durable store of what one machine's agent did, with one owner at a time.
@@ -54,7 +54,7 @@ pub struct Entry {
     /// Its kind.
     pub kind: MessageId,
     /// What it is to be done with.
-    pub payload: Box<RawValue>,
+    pub payload: Payload,
     /// Where to report.
     pub reports: Option<QueueName>,
     /// How far it is.
@@ -62,7 +62,7 @@ pub struct Entry {
     /// How often its handler was started.
     pub runs: u32,
     /// What its handler last saved for itself.
-    pub checkpoint: Option<Box<RawValue>>,
+    pub checkpoint: Option<Payload>,
     /// Its end was reported, and that was confirmed.
     pub reported: bool,
 }
@@ -103,7 +103,7 @@ impl Entry {
         Self {
             command,
             kind: MessageId::new("unknown").unwrap_or_else(|_| MessageId::generate()),
-            payload: RawValue::NULL.to_owned(),
+            payload: RawValue::NULL.to_owned().into(),
             reports: None,
             state: EntryState::Withdrawn,
             runs: 0,

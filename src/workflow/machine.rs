@@ -410,7 +410,7 @@ mod tests {
         let address = GuestAddress::from(GuestId::new("vm").unwrap());
         Record::new(
             address,
-            RawValue::NULL.to_owned(),
+            RawValue::NULL.to_owned().into(),
             policy,
             Deadlines::default(),
             0,
@@ -422,7 +422,7 @@ mod tests {
     }
 
     fn done() -> Event {
-        let result = CommandResult::Ok(RawValue::TRUE.to_owned());
+        let result = CommandResult::Ok(RawValue::TRUE.to_owned().into());
         Event::Command(CommandState::Done(Receipt::new(1, result)), Some(boot()))
     }
 

@@ -3,13 +3,12 @@
 use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
 
 use crate::{
     error::ErrorKind,
     message::CommandId,
     names::GuestAddress,
-    wire::{BootId, PREPARE, RemoteError},
+    wire::{BootId, PREPARE, Payload, RemoteError},
 };
 
 /// The provisioning of one machine: who, what, how far it is, and how it ended.
@@ -21,7 +20,7 @@ pub struct Record {
     /// The prepare command's id, the same at every re-send.
     pub command: CommandId,
     /// What prepare is to do: any JSON value.
-    pub payload: Box<RawValue>,
+    pub payload: Payload,
     /// When prepare is sent.
     pub policy: SendPolicy,
     /// How long each stage may take.
@@ -60,7 +59,7 @@ impl Record {
     #[must_use]
     pub fn new(
         address: GuestAddress,
-        payload: Box<RawValue>,
+        payload: Payload,
         policy: SendPolicy,
         deadlines: Deadlines,
         now_ms: u64,
@@ -89,8 +88,8 @@ impl Record {
 
     /// Whether this record asks for the same as this payload.
     #[must_use]
-    pub fn same_payload(&self, payload: &RawValue) -> bool {
-        let value = |raw: &RawValue| serde_json::from_str::<serde_json::Value>(raw.get()).ok();
+    pub fn same_payload(&self, payload: &Payload) -> bool {
+        let value = |raw: &Payload| serde_json::from_str::<serde_json::Value>(raw.get()).ok();
         value(&self.payload) == value(payload)
     }
 
@@ -444,7 +443,7 @@ impl From<&crate::Error> for Trouble {
         };
         Self {
             kind,
-            detail: error.to_string(),
+            detail: error.message().into(),
         }
     }
 }

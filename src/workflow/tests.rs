@@ -1139,6 +1139,33 @@ async fn calls_return_results_and_typed_errors() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn s4_payloads_never_show_in_debug_forms() {
+    const SECRET: &str = "hunter2";
+    let world = World::new().await;
+    let provision = world
+        .taskmanager
+        .provision("vm", json!({ "password": SECRET }));
+    assert!(!format!("{provision:?}").contains(SECRET));
+    let record = provision.start().await.unwrap();
+    let kind = crate::MessageId::new(record.kind()).unwrap();
+    let payload = record.payload.clone();
+    let command = Command::new(&record.address, record.command.clone(), kind, None, payload);
+    let message = command.to_message().unwrap();
+    let entry = Entry::accepted(&command);
+    let shown = format!(
+        "{record:?} {command:?} {message:?} {entry:?} {:?}",
+        world.taskmanager
+    );
+    assert!(!shown.contains(SECRET), "{shown}");
+    assert!(
+        message
+            .body
+            .windows(SECRET.len())
+            .any(|part| part == SECRET.as_bytes())
+    );
+}
+
 #[cfg(feature = "sqlite")]
 #[tokio::test]
 async fn sqlite_records_and_journal_keep_what_memory_keeps() {
@@ -1147,7 +1174,7 @@ async fn sqlite_records_and_journal_keep_what_memory_keeps() {
     let new = || {
         Record::new(
             address.clone(),
-            serde_json::value::RawValue::NULL.to_owned(),
+            serde_json::value::RawValue::NULL.to_owned().into(),
             SendPolicy::default(),
             Deadlines::default(),
             7,

@@ -110,15 +110,6 @@ impl Handle {
     }
 }
 
-impl Drop for Handle {
-    fn drop(&mut self) {
-        self.shared.change(|state| {
-            state.open.remove(&self.id);
-            state.vanish(self.id);
-        });
-    }
-}
-
 #[async_trait]
 impl Broker for Handle {
     fn backend(&self) -> &'static str {

@@ -8,15 +8,15 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use serde_json::value::RawValue;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::{
     error::{Error, ErrorKind, Result},
     message::CommandId,
     names::QueueName,
     wire::{
-        Command, CommandResult, CommandState, LastCommand, Phase, Receipt, RemoteError, ReportEvent,
+        Command, CommandResult, CommandState, LastCommand, Payload, Phase, Receipt, RemoteError,
+        ReportEvent,
     },
     workflow::journal::{Entry, EntryState, Journal},
 };
@@ -39,6 +39,7 @@ struct Shared {
     snapshot: Mutex<Snapshot>,
     changes: watch::Sender<u64>,
     dismissed: watch::Sender<bool>,
+    nudged: Notify,
 }
 
 /// What a ping is answered from, without waiting for any disk (law R4).
@@ -61,7 +62,7 @@ pub(crate) enum Admission {
 enum Op {
     Accept(Box<Command>, oneshot::Sender<Result<Admission>>),
     Start(CommandId, oneshot::Sender<Result<Option<Entry>>>),
-    Progress(CommandId, Box<RawValue>, oneshot::Sender<Result<()>>),
+    Progress(CommandId, Payload, oneshot::Sender<Result<()>>),
     Finish(CommandId, CommandResult, oneshot::Sender<Result<()>>),
     Withdraw(CommandId, oneshot::Sender<Result<CommandState>>),
     Status(CommandId, oneshot::Sender<Result<CommandState>>),
@@ -83,6 +84,7 @@ impl Book {
             }),
             changes: watch::Sender::new(0),
             dismissed: watch::Sender::new(false),
+            nudged: Notify::new(),
         });
         let (ops, inbox) = mpsc::channel(64);
         let mut keeper = Keeper {
@@ -111,7 +113,7 @@ impl Book {
         self.ask(|to| Op::Start(command, to)).await
     }
 
-    pub(crate) async fn progress(&self, command: CommandId, detail: Box<RawValue>) -> Result<()> {
+    pub(crate) async fn progress(&self, command: CommandId, detail: Payload) -> Result<()> {
         self.ask(|to| Op::Progress(command, detail, to)).await
     }
 
@@ -159,6 +161,16 @@ impl Book {
     /// Becomes true when this machine is given up.
     pub(crate) fn dismissed(&self) -> watch::Receiver<bool> {
         self.shared.dismissed.subscribe()
+    }
+
+    /// Somebody asks for this guest: what it waits for may be there.
+    pub(crate) fn nudge(&self) {
+        self.shared.nudged.notify_one();
+    }
+
+    /// Waits for a nudge, one that came since the last wait included.
+    pub(crate) async fn nudged(&self) {
+        self.shared.nudged.notified().await;
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {
@@ -289,7 +301,7 @@ impl Keeper {
         Ok(Some(entry))
     }
 
-    async fn progress(&mut self, command: &CommandId, detail: Box<RawValue>) -> Result<()> {
+    async fn progress(&mut self, command: &CommandId, detail: Payload) -> Result<()> {
         let Some(entry) = self.entries.get(command) else {
             return Ok(());
         };

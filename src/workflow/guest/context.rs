@@ -3,14 +3,13 @@
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
 
 use serde::{Serialize, de::DeserializeOwned};
-use serde_json::value::RawValue;
 use tokio::sync::watch;
 
 use crate::{
     error::Result,
     message::CommandId,
     names::GuestAddress,
-    wire::{CommandResult, RemoteError, raw},
+    wire::{CommandResult, Payload, RemoteError, raw},
     workflow::{guest::book::Book, is_set},
 };
 
@@ -20,7 +19,7 @@ pub struct Context {
     pub(super) address: GuestAddress,
     pub(super) command: CommandId,
     pub(super) run: u32,
-    pub(super) checkpoint: Option<Box<RawValue>>,
+    pub(super) checkpoint: Option<Payload>,
     pub(super) book: Book,
     pub(super) cancelled: watch::Receiver<bool>,
 }
@@ -47,7 +46,7 @@ impl Context {
     /// What an earlier, interrupted run saved with [`Context::progress`].
     #[must_use]
     pub fn checkpoint<T: DeserializeOwned>(&self) -> Option<T> {
-        serde_json::from_str(self.checkpoint.as_deref()?.get()).ok()
+        serde_json::from_str(self.checkpoint.as_ref()?.get()).ok()
     }
 
     /// Saves how far this run is, and tells the control plane. Ok means that it is in the journal: a
@@ -122,7 +121,7 @@ pub enum Interrupted {
 type Run = Pin<Box<dyn Future<Output = CommandResult> + Send>>;
 
 /// A handler, whatever it takes and returns.
-pub(super) type Handler = Arc<dyn Fn(Box<RawValue>, Context) -> Run + Send + Sync>;
+pub(super) type Handler = Arc<dyn Fn(Payload, Context) -> Run + Send + Sync>;
 
 /// Wraps a typed handler.
 pub(super) fn handler<P, R, H, F>(work: H) -> Handler

@@ -42,6 +42,8 @@ impl Lane {
             };
             let ask = match lane.read(&request) {
                 Ok(Ask::Ping { nonce }) => {
+                    // Whoever pings has made the queue first, as a rule.
+                    lane.book.nudge();
                     lane.reply(request, Answer::Pong(lane.pong(nonce))).await;
                     continue;
                 }

@@ -230,7 +230,7 @@ impl Attach {
         let book = Book::open(self.journal).await?;
         let boot = BootId::generate();
 
-        let responder = attempts(deadline, ErrorKind::Conflict, || {
+        let responder = attempts(&book, deadline, ErrorKind::Conflict, || {
             self.broker
                 .respond(&address, Deadline::after(ATTACH_WITHIN))
         })
@@ -279,7 +279,7 @@ impl Guest {
         // Few deliveries at once: they are run one at a time, and what is held here waits for nobody.
         let options =
             ConsumeOptions::prefetch(const { std::num::NonZeroU32::new(8).expect("not zero") });
-        let consumer = attempts(deadline, ErrorKind::NoQueue, || {
+        let consumer = attempts(&self.book, deadline, ErrorKind::NoQueue, || {
             self.broker
                 .consume(&queue, options, Deadline::after(ATTACH_WITHIN))
         })
@@ -303,8 +303,9 @@ impl Guest {
 }
 
 /// Tries until the deadline, as long as the failure is one that time can mend: what was waited for, a
-/// process that is about to end, or the broker.
+/// process that is about to end, or the broker. A ping makes it try at once.
 async fn attempts<T, F: Future<Output = Result<T>>>(
+    book: &Book,
     deadline: Deadline,
     waited_for: ErrorKind,
     mut attempt: impl FnMut() -> F,
@@ -321,7 +322,10 @@ async fn attempts<T, F: Future<Output = Result<T>>>(
         if !can_mend || deadline.remaining() < pause {
             return Err(error);
         }
-        tokio::time::sleep(pause).await;
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = book.nudged() => {}
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use crate::{
     error::{Error, ErrorKind, Outcome, Result},
     message::{CommandId, MessageId},
     names::{GuestAddress, GuestId, Incarnation},
-    wire::{self, Command, CommandResult, CommandState, Pong},
+    wire::{self, Command, CommandResult, CommandState, Payload, Pong},
     workflow::{
         ask::Asker,
         record::State,
@@ -169,12 +169,7 @@ impl GuestHandle {
             .await
     }
 
-    async fn send(
-        &self,
-        kind: &str,
-        payload: Box<serde_json::value::RawValue>,
-        deadline: Deadline,
-    ) -> Result<CommandId> {
+    async fn send(&self, kind: &str, payload: Payload, deadline: Deadline) -> Result<CommandId> {
         let asker = self.asker().await?;
         self.must_be_prepared().await?;
         asker.ping(PING.min(deadline.remaining())).await?;

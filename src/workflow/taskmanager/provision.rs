@@ -6,12 +6,10 @@ use std::{
     time::Duration,
 };
 
-use serde_json::value::RawValue;
-
 use crate::{
     error::{Error, ErrorKind, Result},
     names::{GuestAddress, GuestId, Incarnation},
-    wire,
+    wire::{self, Payload},
     workflow::{
         record::{Deadlines, ProvisionOutcome, Record, SendPolicy, State, now_ms},
         taskmanager::{Driven, Taskmanager},
@@ -24,7 +22,7 @@ use crate::{
 pub struct Provision {
     taskmanager: Taskmanager,
     guest: Result<GuestId>,
-    payload: Result<Box<RawValue>>,
+    payload: Result<Payload>,
     policy: SendPolicy,
     deadlines: Deadlines,
     again: bool,
@@ -34,7 +32,7 @@ impl Provision {
     pub(super) fn new(
         taskmanager: Taskmanager,
         guest: Result<GuestId>,
-        payload: Result<Box<RawValue>>,
+        payload: Result<Payload>,
     ) -> Self {
         Self {
             taskmanager,
@@ -201,7 +199,7 @@ impl Provision {
 }
 
 /// Whether a call that asks for `payload` is the same call as the one that made this record.
-fn joinable(record: &Record, payload: &RawValue) -> Result<()> {
+fn joinable(record: &Record, payload: &Payload) -> Result<()> {
     if record.same_payload(payload) {
         return Ok(());
     }
@@ -228,7 +226,7 @@ fn outcome(record: &Record) -> Result<ProvisionOutcome> {
 }
 
 /// Refused here, a payload is never recorded: it could not be sent.
-fn check_size(payload: &RawValue) -> Result<()> {
+fn check_size(payload: &Payload) -> Result<()> {
     const ROOM_FOR_THE_REST: usize = 4 * 1024;
     let limit = wire::MAX_BODY_BYTES - ROOM_FOR_THE_REST;
     if payload.get().len() <= limit {
