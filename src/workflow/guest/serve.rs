@@ -262,6 +262,7 @@ impl Guest {
             match self.book.start(command.clone()).await {
                 Ok(Some(entry)) => break entry,
                 Ok(None) => return Ok(None),
+                Err(error) if *error.kind() == ErrorKind::Closed => return Err(error),
                 Err(error) => {
                     tracing::error!(guest = %self.address, %command, %error, "the journal refuses");
                     backoff.pause().await;
