@@ -217,7 +217,7 @@ mod tests {
         let address = GuestAddress::from(GuestId::new("vm").unwrap());
         let mut record = Record::new(
             address.clone(),
-            RawValue::NULL.to_owned(),
+            RawValue::NULL.to_owned().into(),
             SendPolicy::default(),
             Deadlines::default(),
             0,
@@ -225,7 +225,7 @@ mod tests {
         (record.state, record.revision) = (State::Running, 1);
         let done = ReportEvent::Done {
             command: record.command.clone(),
-            receipt: Receipt::new(1, CommandResult::Ok(RawValue::NULL.to_owned())),
+            receipt: Receipt::new(1, CommandResult::Ok(RawValue::NULL.to_owned().into())),
         };
         let records = MemoryRecords::default();
         records.save(&record).await.unwrap();
