@@ -3,7 +3,7 @@
 use std::{future::Future, pin::pin, time::Duration};
 
 use tokio::{
-    sync::watch,
+    sync::{oneshot, watch},
     task::JoinHandle,
     time::{sleep, timeout},
 };
@@ -53,6 +53,7 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
     let mut shutdown = pin!(shutdown);
     let mut dismissed = guest.book.dismissed();
     let mut interrupted = guest.book.interrupted().await?;
+    let mut lane_ended = std::mem::replace(&mut guest.lane_ended, oneshot::channel().1);
     let mut running: Option<Running> = None;
     loop {
         if running.is_none()
@@ -67,7 +68,7 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
             () = &mut shutdown => Step::Stop(Served::Stopped),
             () = is_set(&mut dismissed) => Step::Stop(Served::Revoked),
             ended = ended(&mut running) => Step::Ended(ended),
-            lost = &mut guest.lane_ended => Step::LaneLost(lost.ok()),
+            lost = &mut lane_ended => Step::LaneLost(lost.ok()),
             delivery = next(&mut guest.consumer), if can_receive => Step::Received(delivery),
         };
         match step {
@@ -82,9 +83,7 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
                 }
             }
             Step::LaneLost(error) => {
-                return Err(error.unwrap_or_else(|| {
-                    Error::new(ErrorKind::Internal, "the lane's task ended without a word")
-                }));
+                return Err(lane_lost(error));
             }
             Step::Received(Ok(delivery)) => running = guest.receive(delivery).await?,
             Step::Received(Err(error)) if *error.kind() == ErrorKind::QueueDeleted => {
@@ -99,12 +98,18 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
                         return Ok(Served::Stopped);
                     }
                     () = is_set(&mut dismissed) => {}
+                    // Without it nobody learns that it waits, and it would wait for ever.
+                    lost = &mut lane_ended => return Err(lane_lost(lost.ok())),
                     attached = guest.attach_queue(forever) => attached?,
                 }
             }
             Step::Received(Err(error)) => return Err(error),
         }
     }
+}
+
+fn lane_lost(error: Option<Error>) -> Error {
+    error.unwrap_or_else(|| Error::new(ErrorKind::Internal, "the lane's task ended without a word"))
 }
 
 enum Step {
