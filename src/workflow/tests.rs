@@ -751,6 +751,8 @@ async fn w36_w37_a_cancel_meets_one_truth() {
 struct Deaf {
     broker: Arc<dyn Broker>,
     to: &'static [u8],
+    /// Deletes fail until this moment.
+    deletes_from: Instant,
 }
 
 #[async_trait::async_trait]
@@ -773,6 +775,9 @@ impl Broker for Deaf {
         mode: DeleteMode,
         deadline: Deadline,
     ) -> Result<broker::Discarded> {
+        if Instant::now() < self.deletes_from {
+            return Err(Error::new(ErrorKind::BrokerUnreachable, "not now"));
+        }
         self.broker.delete(queue, mode, deadline).await
     }
     async fn publish(
@@ -831,6 +836,33 @@ impl Broker for Deaf {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn w1_a_queue_that_could_not_be_deleted_goes_when_the_broker_is_back() {
+    let mut world = World::new().await;
+    world.taskmanager.close();
+    let broker = Arc::new(Deaf {
+        broker: world.broker.clone(),
+        to: b"nothing",
+        deletes_from: Instant::now() + secs(7),
+    });
+    world.taskmanager = resumed_over(&world, broker).await;
+    let provision = world.taskmanager.provision("vm", ());
+    provision.start().await.unwrap();
+    world.until(State::AwaitingGuest).await;
+    // It was never published: there is an outcome, though the broker cannot be reached.
+    let cancelled = world.taskmanager.cancel(&id("vm")).await.unwrap();
+    assert_eq!(cancelled, Cancelled::Revoked);
+    let started = Instant::now();
+    let left = async || {
+        let left = world.broker.list(within()).await.unwrap();
+        left.iter().any(|queue| queue.name.is_commands())
+    };
+    while left().await {
+        assert!(started.elapsed() < PATIENCE);
+        tokio::task::yield_now().await;
+    }
+}
+
 /// A guest whose prepare tells that it runs, and goes on when it is told to.
 async fn two_steps(world: &World) -> (Running, Arc<Notify>, Arc<Notify>) {
     let (started, proceed) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
@@ -855,6 +887,7 @@ async fn w37_a_guest_that_accepted_before_the_fence_lives_on() {
     let broker = Arc::new(Deaf {
         broker: world.broker.clone(),
         to: b"withdraw",
+        deletes_from: Instant::now(),
     });
     world.taskmanager = resumed_over(&world, broker).await;
     let provision = world.taskmanager.provision("vm", ());

@@ -301,7 +301,8 @@ impl Driver {
                 Ok(CommandState::Running { .. }) => {
                     self.learn(Event::TooLate).await?;
                     if self.record.state == State::Failed {
-                        self.fence_after_the_end().await;
+                        // The outcome stands; the machine is not to go on.
+                        self.inner.fence_later(self.record.address.clone());
                     }
                     return Ok(());
                 }
@@ -327,24 +328,19 @@ impl Driver {
         Ok(())
     }
 
-    /// The outcome stands; the machine is not to go on.
-    async fn fence_after_the_end(&mut self) {
-        if let Err(error) = self.inner.fence(&self.record.address).await {
-            tracing::warn!(guest = %self.record.address, %error, "its queue is still there");
-        }
-    }
-
     async fn revoking_failed(&mut self, error: Error) -> Result<()> {
         let since = *self.revoking_fails_since.get_or_insert_with(Instant::now);
         if since.elapsed() >= STUCK_AFTER {
             if self.record.sent == Sent::Never {
-                // It was never published, so nothing can run. What is left of its queue is swept up
-                // when the broker is back.
+                // It was never published, so nothing can run. What is left of its queue goes when the
+                // broker is back.
                 let nothing = Event::Fenced {
                     arbitrated: false,
                     discarded: 0,
                 };
-                return self.learn(nothing).await;
+                self.learn(nothing).await?;
+                self.inner.fence_later(self.record.address.clone());
+                return Ok(());
             }
             self.tell.send_modify(|progress| progress.stuck = true);
         }

@@ -29,6 +29,7 @@ use crate::{
     wire,
     workflow::{
         ask::Asker,
+        backoff::Backoff,
         is_set,
         machine::{self, Event},
         record::{Record, State, now_ms},
@@ -144,12 +145,7 @@ impl Taskmanager {
             inner.drive(record);
         }
         tokio::spawn(collector.run());
-        let sweeper = inner.clone();
-        tokio::spawn(async move {
-            if let Err(error) = reports::sweep(sweeper).await {
-                tracing::warn!(%error, "queues of guests that were given up may be left");
-            }
-        });
+        tokio::spawn(reports::sweep_until_swept(inner.clone()));
         Ok(taskmanager)
     }
 
@@ -425,6 +421,24 @@ impl Inner {
         self.take_queue(address).await?;
         self.dismiss(address.clone());
         Ok(())
+    }
+
+    /// Fences a machine whose outcome stands, once the broker can be reached.
+    fn fence_later(self: &Arc<Self>, address: GuestAddress) {
+        let (inner, mut closed) = (self.clone(), self.closed.subscribe());
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+        let fenced = async move {
+            while let Err(error) = inner.fence(&address).await {
+                tracing::warn!(guest = %address, %error, "its queue is still there");
+                backoff.pause().await;
+            }
+        };
+        tokio::spawn(async move {
+            tokio::select! {
+                () = fenced => {}
+                () = is_set(&mut closed) => {}
+            }
+        });
     }
 
     /// Takes a machine's queue away. Returns the ids of what nobody had acked; None if it was gone

@@ -172,8 +172,24 @@ fn log_unsettled(settled: Result<()>) {
     }
 }
 
+/// Sweeps, once the broker can be reached.
+pub(super) async fn sweep_until_swept(inner: Arc<Inner>) {
+    let mut closed = inner.closed.subscribe();
+    let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+    let swept = async {
+        while let Err(error) = sweep(inner.clone()).await {
+            tracing::warn!(%error, "queues of guests that were given up may be left; trying again");
+            backoff.pause().await;
+        }
+    };
+    tokio::select! {
+        () = swept => {}
+        () = is_set(&mut closed) => {}
+    }
+}
+
 /// Deletes queues that are left of guests that were given up while the broker was out of reach.
-pub(super) async fn sweep(inner: Arc<Inner>) -> Result<()> {
+async fn sweep(inner: Arc<Inner>) -> Result<()> {
     let given_up: HashSet<_> = inner
         .records
         .list()
