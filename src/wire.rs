@@ -520,6 +520,15 @@ pub(crate) fn raw(value: &(impl Serialize + ?Sized)) -> Result<Payload> {
         })
 }
 
+/// What is wrong with a payload, and where, without a word of it (law S4): serde_json quotes it.
+pub(crate) fn misfit(error: &serde_json::Error) -> String {
+    let what = match error.classify() {
+        serde_json::error::Category::Data => "a value of another type or a missing member",
+        _ => "not JSON",
+    };
+    format!("{what} at line {}, column {}", error.line(), error.column())
+}
+
 fn encode(value: &impl Serialize) -> Result<Bytes> {
     let body = serde_json::to_vec(value).map_err(|error| {
         Error::new(ErrorKind::Internal, format!("no JSON form: {error}")).with_source(error)

@@ -33,6 +33,12 @@ pub(crate) enum Event {
     Trouble(Trouble),
     /// The broker confirmed the publish.
     SendConfirmed,
+    /// The broker confirmed the publish: an earlier one of the same id is there, none was added.
+    AlreadyThere,
+    /// The publish stored nothing, and never will (law P4).
+    NotStored,
+    /// Prepare is about to be published once more: there may be one copy more of it from now on.
+    SendAgain,
     /// Prepare is in no queue, and its guest does not have it either.
     Lost,
     /// The queue is gone.
@@ -43,8 +49,13 @@ pub(crate) enum Event {
     TooLate,
     /// Time passed.
     Tick,
-    /// The queue and what was in it are gone for good; whether prepare was among that.
-    Fenced { discarded: bool },
+    /// The queue and what was in it are gone for good.
+    Fenced {
+        /// It was there until then: the broker has arbitrated, and its word is known.
+        arbitrated: bool,
+        /// How many copies of prepare were in it.
+        discarded: u32,
+    },
     /// Everything of it is gone from the broker.
     Deleted,
 }
@@ -127,6 +138,11 @@ pub(crate) fn apply(record: &mut Record, event: Event, now_ms: u64) -> bool {
                     end(record, outcome, now_ms)
                 }
                 CommandState::Running { .. } => accepted(record, now_ms),
+                // Its queue is to go too, before the outcome stands.
+                CommandState::Withdrawn if record.state != State::Revoking => {
+                    let reason = why(record);
+                    revoke(record, reason, now_ms)
+                }
                 CommandState::Withdrawn => {
                     let reason = why(record);
                     end(record, ProvisionOutcome::NotDelivered { reason }, now_ms)
@@ -155,6 +171,24 @@ pub(crate) fn apply(record: &mut Record, event: Event, now_ms: u64) -> bool {
             }
             _ => false,
         },
+        Event::AlreadyThere => {
+            record.copies = record.copies.saturating_sub(1).max(1);
+            apply(record, Event::SendConfirmed, now_ms)
+        }
+        Event::NotStored => {
+            record.copies = record.copies.saturating_sub(1);
+            if record.copies == 0 && record.sent == Sent::Maybe {
+                record.sent = Sent::Never;
+            }
+            true
+        }
+        Event::SendAgain => match record.state {
+            State::QueueReady | State::GuestUp => {
+                one_more_copy(record);
+                true
+            }
+            _ => false,
+        },
         Event::Lost => match record.state {
             State::Sent | State::Running | State::Suspect => {
                 begin_to_send(record, State::GuestUp, now_ms)
@@ -171,8 +205,11 @@ pub(crate) fn apply(record: &mut Record, event: Event, now_ms: u64) -> bool {
             _ => false,
         },
         Event::Tick => tick(record, now_ms),
-        Event::Fenced { discarded } => match record.state {
-            State::Revoking => fenced(record, discarded, now_ms),
+        Event::Fenced {
+            arbitrated,
+            discarded,
+        } => match record.state {
+            State::Revoking => fenced(record, arbitrated, discarded, now_ms),
             _ => false,
         },
         Event::Deleted => false,
@@ -181,6 +218,10 @@ pub(crate) fn apply(record: &mut Record, event: Event, now_ms: u64) -> bool {
 
 /// When [`Event::Tick`] has something to do next, in milliseconds since 1970.
 pub(crate) fn next_tick_ms(record: &Record) -> u64 {
+    if record.state == State::Revoking {
+        // It has been given up; how long that takes has no deadline.
+        return u64::MAX;
+    }
     let total = after(record.created_ms, record.deadlines.total);
     stage_deadline(record)
         .map_or(total, |(_, deadline)| deadline.min(total))
@@ -255,14 +296,19 @@ fn revoke(record: &mut Record, reason: Reason, now_ms: u64) -> bool {
     enter(record, State::Revoking, now_ms)
 }
 
-/// The broker has arbitrated: prepare was discarded before anybody could ack it, or it was not there.
-fn fenced(record: &mut Record, discarded: bool, now_ms: u64) -> bool {
-    // Not among the discarded: a guest may have acked it, unless there never was one.
+/// The queue is gone: prepare was discarded before anybody could ack it, or somebody may have it.
+fn fenced(record: &mut Record, arbitrated: bool, discarded: u32, now_ms: u64) -> bool {
     let may_run = match record.sent {
         Sent::Never => false,
-        Sent::Maybe | Sent::Confirmed => record.accepted || record.boot.is_some(),
+        Sent::Maybe => record.accepted || record.boot.is_some(),
+        // It had been there, and was not any more: a guest that nobody heard of yet has acked it.
+        Sent::Confirmed => {
+            record.accepted || record.boot.is_some() || (arbitrated && discarded == 0)
+        }
     };
-    if may_run && !discarded {
+    // A copy that came back proves nothing while another may have been acked (cases W14, W19, W24).
+    let all_came_back = !record.accepted && discarded >= record.copies.max(1);
+    if may_run && !all_came_back {
         return too_late(record, now_ms);
     }
     let reason = why(record);
@@ -309,10 +355,15 @@ fn accepted(record: &mut Record, now_ms: u64) -> bool {
 }
 
 fn begin_to_send(record: &mut Record, state: State, now_ms: u64) -> bool {
+    one_more_copy(record);
+    enter(record, state, now_ms)
+}
+
+fn one_more_copy(record: &mut Record) {
+    record.copies = record.copies.saturating_add(1);
     if record.sent == Sent::Never {
         record.sent = Sent::Maybe;
     }
-    enter(record, state, now_ms)
 }
 
 /// A sign of life. True if it has to be saved: not each one is.
@@ -392,6 +443,13 @@ mod tests {
         Event::GiveUp(Reason::new(ReasonKind::Revoked, ""))
     }
 
+    fn fenced_with(discarded: u32) -> Event {
+        Event::Fenced {
+            arbitrated: true,
+            discarded,
+        }
+    }
+
     const BOOT_MS: u64 = 600_000;
 
     #[test]
@@ -428,8 +486,8 @@ mod tests {
             assert!(!apply(&mut record, Event::Tick, BOOT_MS - 1));
             assert!(apply(&mut record, Event::Tick, BOOT_MS));
             assert_eq!(todo(&record), Todo::Revoke);
-            let discarded = policy == SendPolicy::EnqueueFirst;
-            apply(&mut record, Event::Fenced { discarded }, BOOT_MS);
+            let discarded = u32::from(policy == SendPolicy::EnqueueFirst);
+            apply(&mut record, fenced_with(discarded), BOOT_MS);
             let expected = (
                 State::NotDelivered,
                 ReasonKind::NoConsumer,
@@ -451,10 +509,10 @@ mod tests {
         assert_eq!(revoking.state, State::Revoking);
 
         let mut discarded = revoking.clone();
-        apply(&mut discarded, Event::Fenced { discarded: true }, 2);
+        apply(&mut discarded, fenced_with(1), 2);
         assert_eq!(reason(&discarded).0, State::NotDelivered);
 
-        for too_late in [Event::Fenced { discarded: false }, Event::TooLate] {
+        for too_late in [fenced_with(0), Event::TooLate] {
             let mut accepted = revoking.clone();
             apply(&mut accepted, too_late, 2);
             assert_eq!((accepted.state, accepted.accepted), (State::Planned, true));
@@ -463,6 +521,67 @@ mod tests {
             apply(&mut accepted, done(), 4);
             assert_eq!(accepted.state, State::Succeeded);
         }
+    }
+
+    #[test]
+    fn a_copy_that_came_back_does_not_prove_that_no_other_was_acked() {
+        let sent = [Event::Declared, Event::Pong(boot()), Event::SendConfirmed];
+        let revoked = |more: &[Event], discarded| {
+            let events = sent.iter().chain(more).cloned().chain([cancel()]);
+            let events = events.map(|event| (event, 1));
+            let mut record = after_events(SendPolicy::PingFirst, events);
+            apply(&mut record, fenced_with(discarded), 2);
+            (record.state, record.accepted)
+        };
+        let (too_late, not_delivered) = ((State::Planned, true), (State::NotDelivered, false));
+        // W24: it was looked for, not found and sent again, because a guest had acked it.
+        let again = [Event::Lost, Event::SendConfirmed];
+        assert_eq!(revoked(&again, 1), too_late);
+        assert_eq!(revoked(&again, 2), not_delivered);
+        // W14, W19: sent again, because nothing was known of the first time.
+        let unknown = [Event::Lost, Event::SendAgain, Event::SendConfirmed];
+        assert_eq!(revoked(&unknown, 2), too_late);
+        assert_eq!(revoked(&unknown, 3), not_delivered);
+        // Where the broker knew it again, or refused it, there is no second copy.
+        let known = [Event::Lost, Event::AlreadyThere];
+        assert_eq!(revoked(&known, 1), not_delivered);
+        let refused = [Event::Lost, Event::NotStored];
+        assert_eq!(revoked(&refused, 1), not_delivered);
+        // The guest said that it has one: a copy more or less changes nothing.
+        assert_eq!(revoked(&[Event::Accepted(boot())], 1), too_late);
+    }
+
+    #[test]
+    fn revoking_has_no_deadline_and_comes_before_not_delivered() {
+        let events = [Event::Declared, Event::Pong(boot()), Event::SendConfirmed];
+        let mut record = after_events(SendPolicy::PingFirst, events.map(|event| (event, 1)));
+        apply(
+            &mut record,
+            Event::Command(CommandState::Withdrawn, None),
+            2,
+        );
+        assert_eq!(todo(&record), Todo::Revoke);
+        // A tick that has passed already would make each pause between two attempts nothing.
+        assert_eq!(next_tick_ms(&record), u64::MAX);
+        apply(
+            &mut record,
+            Event::Command(CommandState::Withdrawn, None),
+            3,
+        );
+        assert_eq!(record.state, State::NotDelivered);
+    }
+
+    #[test]
+    fn prepare_that_is_gone_from_its_queue_was_acked_by_somebody_not_heard_of_yet() {
+        let events = [Event::Declared, Event::SendConfirmed, cancel()];
+        let revoking = after_events(SendPolicy::EnqueueFirst, events.map(|event| (event, 1)));
+        let mut record = revoking.clone();
+        apply(&mut record, fenced_with(0), 2);
+        assert_eq!((record.state, record.accepted), (State::Planned, true));
+        // W33: what the broker refused to store was not delivered.
+        let events = [Event::Declared, Event::NotStored, cancel(), fenced_with(0)];
+        let record = after_events(SendPolicy::EnqueueFirst, events.map(|event| (event, 1)));
+        assert_eq!(record.state, State::NotDelivered);
     }
 
     #[test]
@@ -477,7 +596,7 @@ mod tests {
         apply(&mut record, Event::Tick, 1 + 6_000);
         assert_eq!(record.state, State::Suspect);
         apply(&mut record, Event::Tick, 1 + 120_000);
-        apply(&mut record, Event::Fenced { discarded: false }, 1 + 120_000);
+        apply(&mut record, fenced_with(0), 1 + 120_000);
         assert_eq!(
             reason(&record),
             (
@@ -530,7 +649,10 @@ mod tests {
             1 => Just(cancel()),
             1 => Just(Event::TooLate),
             3 => Just(Event::Tick),
-            1 => any::<bool>().prop_map(|discarded| Event::Fenced { discarded }),
+            1 => Just(Event::SendAgain),
+            1 => Just(Event::AlreadyThere),
+            1 => Just(Event::NotStored),
+            1 => (any::<bool>(), 0u32..3).prop_map(|(arbitrated, discarded)| Event::Fenced { arbitrated, discarded }),
             1 => Just(Event::Deleted),
         ]
     }
@@ -572,7 +694,7 @@ mod tests {
         #[test]
         fn time_and_a_fence_end_everything(
             events in prop::collection::vec(any_event(), 0..30),
-            discarded in any::<bool>(),
+            discarded in 0u32..3,
         ) {
             let mut record = record(SendPolicy::PingFirst);
             for event in events {
@@ -580,7 +702,7 @@ mod tests {
             }
             let end = 3_600_000;
             apply(&mut record, Event::Tick, end);
-            apply(&mut record, Event::Fenced { discarded }, end);
+            apply(&mut record, fenced_with(discarded), end);
             prop_assert!(record.state.is_terminal(), "{:?}", record.state);
         }
     }

@@ -33,6 +33,9 @@ pub struct Record {
     pub revoking: Option<Reason>,
     /// What is known of the publish of prepare.
     pub sent: Sent,
+    /// How many copies of prepare may have been stored so far: each publish can add one.
+    #[serde(default)]
+    pub copies: u32,
     /// The guest said that it accepted prepare.
     pub accepted: bool,
     /// The last start of the guest's agent that was seen.
@@ -71,6 +74,7 @@ impl Record {
             outcome: None,
             revoking: None,
             sent: Sent::Never,
+            copies: 0,
             accepted: false,
             boot: None,
             trouble: None,

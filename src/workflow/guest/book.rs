@@ -94,6 +94,8 @@ impl Book {
             shared: shared.clone(),
             finished: 0,
         };
+        // What earlier processes left counts too: an agent that is started often must forget as well.
+        keeper.finished = loaded.iter().filter(|entry| entry.is_finished()).count();
         for entry in loaded {
             // Case W10: it ended, and nobody was told.
             keeper.queue_receipt(&entry);
@@ -258,6 +260,7 @@ impl Keeper {
         self.save(entry.clone()).await?;
         if refusal.is_some() {
             self.queue_receipt(&entry);
+            self.forget_the_oldest().await;
             return Ok(Admission::Known);
         }
         Ok(Admission::Run)
@@ -329,11 +332,20 @@ impl Keeper {
         entry.reported = entry.reports.is_none();
         self.save(entry.clone()).await?;
         self.queue_receipt(&entry);
-        self.finished += 1;
-        if self.finished.is_multiple_of(REMEMBERED) {
-            self.prune().await?;
-        }
+        self.forget_the_oldest().await;
         Ok(())
+    }
+
+    /// One more has ended. A journal that cannot forget now does later: what ended is written down.
+    async fn forget_the_oldest(&mut self) {
+        self.finished += 1;
+        if self.finished < 2 * REMEMBERED {
+            return;
+        }
+        self.finished = REMEMBERED;
+        if let Err(error) = self.prune().await {
+            tracing::warn!(%error, "the journal keeps what it could forget");
+        }
     }
 
     async fn withdraw(&mut self, command: CommandId) -> Result<CommandState> {

@@ -9,7 +9,7 @@ use crate::{
     error::Result,
     message::CommandId,
     names::GuestAddress,
-    wire::{CommandResult, Payload, RemoteError, raw},
+    wire::{CommandResult, Payload, RemoteError, misfit, raw},
     workflow::{guest::book::Book, is_set},
 };
 
@@ -140,7 +140,10 @@ where
                 Err(error) => {
                     return CommandResult::Error(RemoteError::new(
                         "poison",
-                        format!("the payload is not what this command takes: {error}"),
+                        format!(
+                            "the payload is not what this command takes: {}",
+                            misfit(&error)
+                        ),
                     ));
                 }
             };

@@ -3,7 +3,7 @@
 use std::{future::Future, pin::pin, time::Duration};
 
 use tokio::{
-    sync::watch,
+    sync::{oneshot, watch},
     task::JoinHandle,
     time::{sleep, timeout},
 };
@@ -41,10 +41,19 @@ struct Running {
     cancel: watch::Sender<bool>,
 }
 
+/// Nothing runs without the guest that writes down what came of it: a second one, on the same
+/// journal, would run it beside this one.
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
 pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) -> Result<Served> {
     let mut shutdown = pin!(shutdown);
     let mut dismissed = guest.book.dismissed();
     let mut interrupted = guest.book.interrupted().await?;
+    let mut lane_ended = std::mem::replace(&mut guest.lane_ended, oneshot::channel().1);
     let mut running: Option<Running> = None;
     loop {
         if running.is_none()
@@ -59,7 +68,7 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
             () = &mut shutdown => Step::Stop(Served::Stopped),
             () = is_set(&mut dismissed) => Step::Stop(Served::Revoked),
             ended = ended(&mut running) => Step::Ended(ended),
-            lost = &mut guest.lane_ended => Step::LaneLost(lost.ok()),
+            lost = &mut lane_ended => Step::LaneLost(lost.ok()),
             delivery = next(&mut guest.consumer), if can_receive => Step::Received(delivery),
         };
         match step {
@@ -69,14 +78,12 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
             }
             Step::Ended(result) => {
                 if let Some(ended) = running.take() {
-                    guest.finish(ended.command, result).await?;
+                    guest.finish(ended.command.clone(), result).await?;
                     guest.book.set_phase(Phase::Idle);
                 }
             }
             Step::LaneLost(error) => {
-                return Err(error.unwrap_or_else(|| {
-                    Error::new(ErrorKind::Internal, "the lane's task ended without a word")
-                }));
+                return Err(lane_lost(error));
             }
             Step::Received(Ok(delivery)) => running = guest.receive(delivery).await?,
             Step::Received(Err(error)) if *error.kind() == ErrorKind::QueueDeleted => {
@@ -91,12 +98,18 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
                         return Ok(Served::Stopped);
                     }
                     () = is_set(&mut dismissed) => {}
+                    // Without it nobody learns that it waits, and it would wait for ever.
+                    lost = &mut lane_ended => return Err(lane_lost(lost.ok())),
                     attached = guest.attach_queue(forever) => attached?,
                 }
             }
             Step::Received(Err(error)) => return Err(error),
         }
     }
+}
+
+fn lane_lost(error: Option<Error>) -> Error {
+    error.unwrap_or_else(|| Error::new(ErrorKind::Internal, "the lane's task ended without a word"))
 }
 
 enum Step {
@@ -151,9 +164,7 @@ async fn stop(mut guest: Guest, running: Option<Running>) -> Result<()> {
             Ok(result) => guest.finish(command, result).await?,
             Err(_) => {
                 tracing::warn!(guest = %guest.address, %command, "still running after its grace: interrupted");
-                if let Some(running) = handler {
-                    running.task.abort();
-                }
+                drop(handler);
             }
         }
     }
@@ -256,6 +267,7 @@ impl Guest {
             match self.book.start(command.clone()).await {
                 Ok(Some(entry)) => break entry,
                 Ok(None) => return Ok(None),
+                Err(error) if *error.kind() == ErrorKind::Closed => return Err(error),
                 Err(error) => {
                     tracing::error!(guest = %self.address, %command, %error, "the journal refuses");
                     backoff.pause().await;

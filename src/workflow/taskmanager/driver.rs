@@ -1,6 +1,6 @@
 //! Drives one provisioning: learns, saves, and only then acts.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -10,7 +10,7 @@ use tokio::{
 use crate::{
     broker::QueueSpec,
     deadline::Deadline,
-    error::{Error, ErrorKind, Result},
+    error::{Error, ErrorKind, Outcome, Result},
     wire::{Command, CommandState, Phase, RemoteError, Report, ReportEvent},
     workflow::{
         backoff::Backoff,
@@ -45,6 +45,9 @@ pub(super) enum Signal {
     Cancel(oneshot::Sender<Cancelled>),
 }
 
+/// What the host says of a machine, if it says something in time.
+type Probing = Pin<Box<dyn Future<Output = Option<HostState>> + Send>>;
+
 /// Drives one record to its end.
 pub(super) struct Driver {
     inner: Arc<Inner>,
@@ -54,16 +57,26 @@ pub(super) struct Driver {
     cancels: Vec<oneshot::Sender<Cancelled>>,
     backoff: Backoff,
     next_probe: Instant,
+    /// A question to the host that is not answered yet. It outlives the pause in which it was asked:
+    /// most are shorter than a slow host takes.
+    probing: Option<Probing>,
     revoking_fails_since: Option<Instant>,
+    /// The record counts the copy that the next publish stores.
+    counted: bool,
 }
 
 impl Driver {
     pub(super) fn new(
         inner: Arc<Inner>,
-        record: Record,
+        mut record: Record,
         inbox: mpsc::Receiver<Signal>,
         tell: watch::Sender<Progress>,
     ) -> Self {
+        if record.accepted {
+            // Not each sign of life is on disk, and while nobody listened there was none to hear: the
+            // guest's silence is counted from now (case W15).
+            record.seen_ms = Some(now_ms());
+        }
         Self {
             inner,
             record,
@@ -72,7 +85,9 @@ impl Driver {
             cancels: Vec::new(),
             backoff: fast_backoff(),
             next_probe: Instant::now(),
+            probing: None,
             revoking_fails_since: None,
+            counted: false,
         }
     }
 
@@ -107,8 +122,10 @@ impl Driver {
 
     async fn declare(&mut self) -> Result<()> {
         // A machine of an earlier incarnation may still be there (case W25): it loses its queue first.
+        // Any earlier one: the last may have been given up before it came to this.
         let number = self.record.address.incarnation.get();
-        if let Ok(earlier) = crate::Incarnation::new(number - 1) {
+        for earlier in (1..number).rev() {
+            let earlier = crate::Incarnation::new(earlier)?;
             let earlier = crate::GuestAddress::new(self.record.address.guest.clone(), earlier);
             if let Err(error) = self.inner.fence(&earlier).await {
                 return self.trouble(error).await;
@@ -134,8 +151,17 @@ impl Driver {
         };
         match pong {
             Ok(pong) if pong.phase == Phase::WaitingForQueue => {
-                // It will be attached in a moment, and say so.
-                self.pause(Duration::from_millis(50)).await
+                // It will be attached in a moment, and say so; unless its queue was deleted meanwhile
+                // (case W23).
+                let queue = self.record.address.queue();
+                let deadline = Deadline::after(OPERATION);
+                match self.inner.broker.status(&queue, deadline).await {
+                    Err(error) if *error.kind() == ErrorKind::NoQueue => {
+                        self.learn(Event::QueueGone).await
+                    }
+                    Err(error) => self.trouble(error).await,
+                    Ok(_) => self.pause(Duration::from_millis(50)).await,
+                }
             }
             Ok(pong) => self.learn(Event::Pong(pong.boot)).await,
             Err(error) => self.trouble(error).await,
@@ -143,6 +169,11 @@ impl Driver {
     }
 
     async fn publish(&mut self) -> Result<()> {
+        if !self.counted {
+            // Tried before, by this process or by one that was killed (cases W14, W19).
+            self.learn(Event::SendAgain).await?;
+        }
+        self.counted = false;
         let record = &self.record;
         let command = Command::new(
             &record.address,
@@ -159,16 +190,25 @@ impl Driver {
             .publish(&queue, command.to_message()?, deadline)
             .await
         {
+            Ok(receipt) if receipt.duplicate => self.learn(Event::AlreadyThere).await,
             Ok(_) => self.learn(Event::SendConfirmed).await,
-            Err(error) => match error.kind() {
-                ErrorKind::NoQueue => self.learn(Event::QueueGone).await,
-                ErrorKind::TooLarge { .. } => {
-                    let reason = Reason::new(ReasonKind::Poison, error.to_string());
-                    self.learn(Event::GiveUp(reason)).await
-                }
-                // Unknown or not stored: the same id again (case W19).
-                _ => self.trouble(error).await,
-            },
+            Err(error) if error.outcome() == Some(Outcome::NotStored) => {
+                self.learn(Event::NotStored).await?;
+                self.not_published(error).await
+            }
+            Err(error) => self.not_published(error).await,
+        }
+    }
+
+    async fn not_published(&mut self, error: Error) -> Result<()> {
+        match error.kind() {
+            ErrorKind::NoQueue => self.learn(Event::QueueGone).await,
+            ErrorKind::TooLarge { .. } => {
+                let reason = Reason::new(ReasonKind::Poison, error.to_string());
+                self.learn(Event::GiveUp(reason)).await
+            }
+            // Unknown or not stored: the same id again (case W19).
+            _ => self.trouble(error).await,
         }
     }
 
@@ -192,24 +232,25 @@ impl Driver {
                     .await
             }
             Ok(state) => {
-                let may_be_lost = matches!(state, CommandState::Unknown | CommandState::Accepted);
+                // It starts nothing before an ack is confirmed; one that it had no word of will not be.
+                let not_started = matches!(state, CommandState::Unknown | CommandState::Accepted);
                 self.learn(Event::Command(state, None)).await?;
-                if may_be_lost {
-                    self.look_for_prepare().await
+                if not_started {
+                    self.look_for_prepare(true).await
                 } else {
                     Ok(())
                 }
             }
             Err(error) => {
                 self.learn(Event::Trouble(Trouble::from(&error))).await?;
-                self.look_for_prepare().await
+                self.look_for_prepare(false).await
             }
         }
     }
 
-    /// The guest does not have prepare: it is in the queue, or among the dead letters, or lost
+    /// As far as is known the guest has not started prepare: it is in the queue, or among the dead letters, or lost
     /// (cases W23, W24).
-    async fn look_for_prepare(&mut self) -> Result<()> {
+    async fn look_for_prepare(&mut self, not_started: bool) -> Result<()> {
         let queue = self.record.address.queue();
         let deadline = Deadline::after(OPERATION);
         let status = match self.inner.broker.status(&queue, deadline).await {
@@ -219,7 +260,8 @@ impl Driver {
             }
             Err(error) => return self.trouble(error).await,
         };
-        if self.record.accepted || status.ready + status.delayed + status.in_flight > 0 {
+        let may_have_started = self.record.accepted && !not_started;
+        if may_have_started || status.ready + status.delayed + status.in_flight > 0 {
             return Ok(());
         }
         if status.dead > 0 {
@@ -259,42 +301,46 @@ impl Driver {
                 Ok(CommandState::Running { .. }) => {
                     self.learn(Event::TooLate).await?;
                     if self.record.state == State::Failed {
-                        self.fence_after_the_end().await;
+                        // The outcome stands; the machine is not to go on.
+                        self.inner.fence_later(self.record.address.clone());
                     }
                     return Ok(());
                 }
                 Ok(_) | Err(_) => {}
             }
         }
-        match self.inner.fence(&self.record.address).await {
-            Ok(_) if withdrawn => {
-                self.learn(Event::Command(CommandState::Withdrawn, None))
-                    .await
+        let event = match self.inner.take_queue(&self.record.address).await {
+            Ok(_) if withdrawn => Event::Command(CommandState::Withdrawn, None),
+            Ok(taken) => {
+                let copies = taken.iter().flatten().filter(|id| **id == command).count();
+                Event::Fenced {
+                    arbitrated: taken.is_some(),
+                    discarded: u32::try_from(copies).unwrap_or(u32::MAX),
+                }
             }
-            Ok(ids) => {
-                self.learn(Event::Fenced {
-                    discarded: ids.contains(&command),
-                })
-                .await
-            }
-            Err(error) => self.revoking_failed(error).await,
+            Err(error) => return self.revoking_failed(error).await,
+        };
+        self.learn(event).await?;
+        if self.record.state.is_terminal() {
+            // Not before: a guest that goes on to its outcome has to live for it (case W37).
+            self.inner.dismiss(self.record.address.clone());
         }
-    }
-
-    /// The outcome stands; the machine is not to go on.
-    async fn fence_after_the_end(&self) {
-        if let Err(error) = self.inner.fence(&self.record.address).await {
-            tracing::warn!(guest = %self.record.address, %error, "its queue is still there");
-        }
+        Ok(())
     }
 
     async fn revoking_failed(&mut self, error: Error) -> Result<()> {
         let since = *self.revoking_fails_since.get_or_insert_with(Instant::now);
         if since.elapsed() >= STUCK_AFTER {
             if self.record.sent == Sent::Never {
-                // It was never published, so nothing can run. What is left of its queue is swept up
-                // when the broker is back.
-                return self.learn(Event::Fenced { discarded: false }).await;
+                // It was never published, so nothing can run. What is left of its queue goes when the
+                // broker is back.
+                let nothing = Event::Fenced {
+                    arbitrated: false,
+                    discarded: 0,
+                };
+                self.learn(nothing).await?;
+                self.inner.fence_later(self.record.address.clone());
+                return Ok(());
             }
             self.tell.send_modify(|progress| progress.stuck = true);
         }
@@ -316,7 +362,7 @@ impl Driver {
         let until_tick = Duration::from_millis(until_tick.saturating_add(1));
         tokio::select! {
             signal = self.inbox.recv() => self.handle(signal).await,
-            reason = host_failure(&self.inner, &self.record, &mut self.next_probe) => {
+            reason = host_failure(&self.inner, &self.record, &mut self.next_probe, &mut self.probing) => {
                 self.learn(Event::GiveUp(reason)).await
             }
             () = sleep(longest.min(until_tick)) => Ok(()),
@@ -369,12 +415,26 @@ impl Driver {
     /// Takes in an event; returns when what it changed is on disk.
     async fn learn(&mut self, event: Event) -> Result<()> {
         let mut next = self.record.clone();
+        let copies = next.copies;
         if machine::apply(&mut next, event, now_ms()) {
             let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+            let mut may_be_stored = false;
             while let Err(error) = self.inner.save(&mut next).await {
                 if *error.kind() == ErrorKind::Conflict {
-                    return Err(error);
+                    if !may_be_stored {
+                        return Err(error);
+                    }
+                    match self.inner.has_stored(&next).await {
+                        Ok(true) => {
+                            next.revision += 1;
+                            break;
+                        }
+                        Ok(false) => return Err(error),
+                        Err(_) => {}
+                    }
                 }
+                // A store that answers too late, or not at all, may have it nevertheless.
+                may_be_stored = true;
                 tracing::error!(guest = %next.address, %error, "the records refuse; trying again");
                 backoff.pause().await;
             }
@@ -382,6 +442,7 @@ impl Driver {
             let record = Arc::new(next.clone());
             self.tell.send_modify(|progress| progress.record = record);
             self.inner.announce(&next);
+            self.counted |= next.copies > copies;
         }
         self.record = next;
         Ok(())
@@ -408,19 +469,32 @@ fn fast_backoff() -> Backoff {
 }
 
 /// Returns when the host says that the machine will not come to anything.
-async fn host_failure(inner: &Inner, record: &Record, next_probe: &mut Instant) -> Reason {
+async fn host_failure(
+    inner: &Inner,
+    record: &Record,
+    next_probe: &mut Instant,
+    probing: &mut Option<Probing>,
+) -> Reason {
     let probe = lock(&inner.probe).clone();
     let (Some(probe), false) = (probe, record.state == State::Revoking) else {
         return std::future::pending().await;
     };
     loop {
-        sleep_until(*next_probe).await;
-        let state = timeout(PROBE_WITHIN, probe.probe(&record.address)).await;
+        if probing.is_none() {
+            sleep_until(*next_probe).await;
+        }
+        let (probe, machine) = (probe.clone(), record.address.clone());
+        let state = probing
+            .get_or_insert_with(|| {
+                Box::pin(async move { timeout(PROBE_WITHIN, probe.probe(&machine)).await.ok() })
+            })
+            .await;
+        *probing = None;
         *next_probe = Instant::now() + PROBE_EVERY;
         let detail = match state {
-            Ok(HostState::Failed(detail)) => detail,
-            Ok(HostState::Gone) => "the machine is gone".into(),
-            Ok(HostState::Booting | HostState::Up) | Err(_) => continue,
+            Some(HostState::Failed(detail)) => detail,
+            Some(HostState::Gone) => "the machine is gone".into(),
+            Some(HostState::Booting | HostState::Up) | None => continue,
         };
         return Reason::new(ReasonKind::HostFailed, detail);
     }

@@ -243,9 +243,11 @@ fn read<R: DeserializeOwned>(result: CommandResult) -> Result<R> {
         CommandResult::Ok(value) => serde_json::from_str(value.get()).map_err(|error| {
             Error::new(
                 ErrorKind::Undecodable,
-                format!("the result is not what this call expects: {error}"),
+                format!(
+                    "the result is not what this call expects: {}",
+                    wire::misfit(&error)
+                ),
             )
-            .with_source(error)
         }),
         CommandResult::Error(error) if error.kind == "not_prepared" => {
             Err(Error::new(ErrorKind::NotPrepared, error.message))

@@ -29,6 +29,7 @@ use crate::{
     wire,
     workflow::{
         ask::Asker,
+        backoff::Backoff,
         is_set,
         machine::{self, Event},
         record::{Record, State, now_ms},
@@ -144,12 +145,7 @@ impl Taskmanager {
             inner.drive(record);
         }
         tokio::spawn(collector.run());
-        let sweeper = inner.clone();
-        tokio::spawn(async move {
-            if let Err(error) = reports::sweep(sweeper).await {
-                tracing::warn!(%error, "queues of guests that were given up may be left");
-            }
-        });
+        tokio::spawn(reports::sweep_until_swept(inner.clone()));
         Ok(taskmanager)
     }
 
@@ -258,17 +254,32 @@ impl Taskmanager {
     /// Dropped early, the cancel may or may not happen; call again.
     pub async fn cancel(&self, guest: &GuestId) -> Result<Cancelled> {
         self.inner.own_or_refuse()?;
-        let Some(driven) = self.inner.driven(guest) else {
-            return match self.record(guest).await? {
-                Some(_) => Ok(Cancelled::HadEnded),
-                None => Err(no_record(guest)),
-            };
+        let driven = match self.inner.driven(guest) {
+            Some(driven) => driven,
+            None => match self.record(guest).await? {
+                Some(record) if record.state.is_terminal() => return Ok(Cancelled::HadEnded),
+                // Its driver stopped; what is recorded is still to be decided.
+                Some(record) => self.inner.drive(record),
+                None => return Err(no_record(guest)),
+            },
         };
         let (to, decided) = oneshot::channel();
-        if driven.signals.send(Signal::Cancel(to)).await.is_err() {
-            return Ok(Cancelled::HadEnded);
+        if driven.signals.send(Signal::Cancel(to)).await.is_ok()
+            && let Ok(cancelled) = decided.await
+        {
+            return Ok(cancelled);
         }
-        decided.await.or(Ok(Cancelled::HadEnded))
+        // Its driver ended first: with the outcome, or without one.
+        self.inner.own_or_refuse()?;
+        match self.record(guest).await? {
+            Some(record) if record.state.is_terminal() => Ok(Cancelled::HadEnded),
+            _ => Err(Error::new(
+                ErrorKind::Conflict,
+                format!(
+                    "the provisioning of {guest} stopped before it was cancelled: cancel it again"
+                ),
+            )),
+        }
     }
 
     /// Ends a guest for good: cancels what is under way, deletes everything of it on the broker, and
@@ -289,6 +300,12 @@ impl Taskmanager {
         let Some(mut record) = self.record(guest).await? else {
             return Err(no_record(guest));
         };
+        if !record.state.is_terminal() {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("{guest} is being provisioned again: cancel that, then delete it"),
+            ));
+        }
         self.inner.fence(&record.address).await?;
         if machine::apply(&mut record, Event::Deleted, now_ms()) {
             self.inner.save(&mut record).await?;
@@ -376,6 +393,23 @@ impl Inner {
         saved
     }
 
+    /// Whether a save of this record that failed has stored it all the same.
+    async fn has_stored(&self, record: &Record) -> Result<bool> {
+        let Some(stored) = self.records.newest(&record.address.guest).await? else {
+            return Ok(false);
+        };
+        let saved = Record {
+            revision: record.revision + 1,
+            ..record.clone()
+        };
+        let form = |record: &Record| {
+            serde_json::to_value(record).map_err(|error| {
+                Error::new(ErrorKind::Internal, format!("no JSON form: {error}")).with_source(error)
+            })
+        };
+        Ok(form(&stored)? == form(&saved)?)
+    }
+
     /// Tells those who watch what was saved.
     fn announce(&self, record: &Record) {
         // Nobody has to watch.
@@ -383,21 +417,44 @@ impl Inner {
     }
 
     /// Takes a machine's queue away, with all that is in it, and tells a guest that is still there.
-    /// Returns the ids of what nobody had acked.
-    async fn fence(&self, address: &GuestAddress) -> Result<Vec<crate::MessageId>> {
+    async fn fence(&self, address: &GuestAddress) -> Result<()> {
+        self.take_queue(address).await?;
+        self.dismiss(address.clone());
+        Ok(())
+    }
+
+    /// Fences a machine whose outcome stands, once the broker can be reached.
+    fn fence_later(self: &Arc<Self>, address: GuestAddress) {
+        let (inner, mut closed) = (self.clone(), self.closed.subscribe());
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+        let fenced = async move {
+            while let Err(error) = inner.fence(&address).await {
+                tracing::warn!(guest = %address, %error, "its queue is still there");
+                backoff.pause().await;
+            }
+        };
+        tokio::spawn(async move {
+            tokio::select! {
+                () = fenced => {}
+                () = is_set(&mut closed) => {}
+            }
+        });
+    }
+
+    /// Takes a machine's queue away. Returns the ids of what nobody had acked; None if it was gone
+    /// already, so that what was in it is not known.
+    async fn take_queue(&self, address: &GuestAddress) -> Result<Option<Vec<crate::MessageId>>> {
         let queue = address.queue();
         let deadline = Deadline::after(OPERATION);
-        let ids = match self
+        match self
             .broker
             .delete(&queue, DeleteMode::Discard, deadline)
             .await
         {
-            Ok(discarded) => discarded.ids,
-            Err(error) if *error.kind() == ErrorKind::NoQueue => Vec::new(),
-            Err(error) => return Err(error),
-        };
-        self.dismiss(address.clone());
-        Ok(ids)
+            Ok(discarded) => Ok(Some(discarded.ids)),
+            Err(error) if *error.kind() == ErrorKind::NoQueue => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Tells a machine that it was given up, if its agent is there. That is a courtesy: without its
@@ -423,6 +480,12 @@ impl Inner {
     }
 
     fn own_or_refuse(&self) -> Result<()> {
+        if *self.closed.borrow() {
+            return Err(Error::new(
+                ErrorKind::Closed,
+                "the taskmanager is closed; what is under way stays recorded",
+            ));
+        }
         if self.owner {
             return Ok(());
         }

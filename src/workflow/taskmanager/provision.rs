@@ -133,12 +133,21 @@ impl Provision {
                 self.deadlines,
                 now_ms(),
             );
-            match inner.save(&mut record).await {
-                Ok(()) => {
+            // In a task of its own: what is recorded is driven, whether or not the caller is still here.
+            let recording = {
+                let inner = inner.clone();
+                tokio::spawn(async move {
+                    inner.save(&mut record).await?;
                     inner.announce(&record);
                     let driven = inner.drive(record.clone());
-                    return Ok((record, Some(driven)));
-                }
+                    Ok((record, Some(driven)))
+                })
+            };
+            let recorded = recording.await.unwrap_or_else(|error| {
+                Err(Error::new(ErrorKind::Internal, error.to_string()).with_source(error))
+            });
+            match recorded {
+                Ok(recorded) => return Ok(recorded),
                 // Another call for this guest was faster: look again.
                 Err(error) if *error.kind() == ErrorKind::Conflict => {
                     tokio::task::yield_now().await

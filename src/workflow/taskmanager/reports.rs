@@ -134,6 +134,13 @@ impl Inner {
     async fn without_driver(&self, report: Report, delivery: Delivery) {
         let address = report.address();
         match self.records.newest(&address.guest).await {
+            // Its driver ended without it, as the taskmanager closes: the next one has to hear it.
+            Ok(Some(record)) if record.address == address && !record.state.is_terminal() => {
+                let settled = delivery
+                    .retry(Duration::from_secs(1), Deadline::after(OPERATION))
+                    .await;
+                return log_unsettled(settled);
+            }
             Ok(Some(record)) => self.late(&record, &address, &report.event),
             Ok(None) => tracing::debug!(guest = %address, "a report of a guest without a record"),
             Err(error) => {
@@ -165,8 +172,24 @@ fn log_unsettled(settled: Result<()>) {
     }
 }
 
+/// Sweeps, once the broker can be reached.
+pub(super) async fn sweep_until_swept(inner: Arc<Inner>) {
+    let mut closed = inner.closed.subscribe();
+    let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+    let swept = async {
+        while let Err(error) = sweep(inner.clone()).await {
+            tracing::warn!(%error, "queues of guests that were given up may be left; trying again");
+            backoff.pause().await;
+        }
+    };
+    tokio::select! {
+        () = swept => {}
+        () = is_set(&mut closed) => {}
+    }
+}
+
 /// Deletes queues that are left of guests that were given up while the broker was out of reach.
-pub(super) async fn sweep(inner: Arc<Inner>) -> Result<()> {
+async fn sweep(inner: Arc<Inner>) -> Result<()> {
     let given_up: HashSet<_> = inner
         .records
         .list()
@@ -184,4 +207,59 @@ pub(super) async fn sweep(inner: Arc<Inner>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(all(test, feature = "embedded"))]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+    use serde_json::value::RawValue;
+
+    use super::*;
+    use crate::{
+        GuestId, MessageId, QueueName,
+        wire::{CommandResult, Receipt},
+        workflow::{
+            record::{Deadlines, SendPolicy, State},
+            records::{MemoryRecords, Records as _},
+            taskmanager::Taskmanager,
+        },
+    };
+
+    #[tokio::test]
+    async fn w10_a_report_that_nobody_wrote_down_is_not_acked() {
+        let within = Deadline::after(Duration::from_secs(30));
+        let broker = crate::connect("memory:").await.unwrap();
+        let address = GuestAddress::from(GuestId::new("vm").unwrap());
+        let mut record = Record::new(
+            address.clone(),
+            RawValue::NULL.to_owned().into(),
+            SendPolicy::default(),
+            Deadlines::default(),
+            0,
+        );
+        (record.state, record.revision) = (State::Running, 1);
+        let done = ReportEvent::Done {
+            command: record.command.clone(),
+            receipt: Receipt::new(1, CommandResult::Ok(RawValue::NULL.to_owned().into())),
+        };
+        let records = MemoryRecords::default();
+        records.save(&record).await.unwrap();
+        let queue = QueueName::reports("main").unwrap();
+        let spec = QueueSpec::new(queue.clone());
+        broker.declare(&spec, within).await.unwrap();
+        // It drives nothing: as one that is closing.
+        let taskmanager = Taskmanager::make(broker.clone(), Arc::new(records), queue.clone(), true);
+        let mut consumer = broker
+            .consume(&queue, ConsumeOptions::default(), within)
+            .await
+            .unwrap();
+        let report = Report::new(&address, MessageId::new("boot").unwrap(), done);
+        let report = report.to_message().unwrap();
+        broker.publish(&queue, report, within).await.unwrap();
+        let delivery = consumer.next().await.unwrap();
+        taskmanager.inner.hand_over(delivery).await;
+        let status = broker.status(&queue, within).await.unwrap();
+        assert_eq!(status.messages(), 1, "{status:?}");
+    }
 }
