@@ -191,7 +191,11 @@ fn a_disk_that_is_full_at_the_start_is_said_and_is_no_harm_once_there_is_room() 
     assert!(output.contains("free: 0"), "{output}\n{error}");
     assert!(!error.contains("panicked"), "{error}");
     let said = error.lines().filter(|line| line.starts_with("wilco: "));
-    assert_eq!(said.count(), 1, "{error}");
+    assert_eq!(said.clone().count(), 1, "{error}");
+    assert!(
+        said.clone().all(|line| line.contains("disk full")),
+        "{error}"
+    );
 }
 
 #[test]

@@ -150,7 +150,15 @@ fn explain(error: &rusqlite::Error) -> (ErrorKind, String) {
             format!("{file} holds what wilco did not write: {error}"),
         );
     };
+    // The shared-memory file beside the database could not grow, which only a full disk does.
+    let no_room_beside = error
+        .sqlite_error()
+        .is_some_and(|error| error.extended_code == ffi::SQLITE_IOERR_SHMSIZE);
     match code {
+        ffi::SQLITE_IOERR if no_room_beside => (
+            ErrorKind::Io,
+            format!("disk full: {file} cannot be opened; make room, what is stored is safe"),
+        ),
         ffi::SQLITE_FULL => (
             ErrorKind::BrokerRefused,
             format!("disk full: {file} cannot grow; make room, what is stored is safe"),

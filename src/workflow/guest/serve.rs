@@ -161,7 +161,16 @@ async fn stop(mut guest: Guest, running: Option<Running>) -> Result<()> {
         let grace = guest.grace;
         let mut handler = Some(running);
         match timeout(grace, ended(&mut handler)).await {
-            Ok(result) => guest.finish(command, result).await?,
+            Ok(result) => {
+                // A journal that refuses for good must not hold up the shutdown (law F8).
+                match timeout(SETTLE_WITHIN, guest.finish(command.clone(), result)).await {
+                    Ok(finished) => finished?,
+                    Err(_) => tracing::error!(
+                        guest = %guest.address, %command,
+                        "the journal has no room for how it ended: interrupted"
+                    ),
+                }
+            }
             Err(_) => {
                 tracing::warn!(guest = %guest.address, %command, "still running after its grace: interrupted");
                 drop(handler);

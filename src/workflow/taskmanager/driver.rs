@@ -34,13 +34,10 @@ const PROBE_WITHIN: Duration = Duration::from_secs(10);
 const STUCK_AFTER: Duration = Duration::from_secs(5);
 
 /// What others tell a driver.
-#[allow(
-    clippy::large_enum_variant,
-    reason = "nearly all are reports: a box would be one more allocation for each"
-)]
 pub(super) enum Signal {
     /// A report of its guest, to be acked once it is on disk.
-    Report(Report, crate::broker::Delivery),
+    /// In a box: a mailbox has room for many, and each waiting guest has one.
+    Report(Box<(Report, crate::broker::Delivery)>),
     /// Give it up, and say what became of that.
     Cancel(oneshot::Sender<Cancelled>),
 }
@@ -377,7 +374,8 @@ impl Driver {
                 let reason = Reason::new(ReasonKind::Revoked, "cancelled by the control plane");
                 self.learn(Event::GiveUp(reason)).await
             }
-            Some(Signal::Report(report, delivery)) => {
+            Some(Signal::Report(reported)) => {
+                let (report, delivery) = *reported;
                 let boot = report.boot.clone();
                 let ours = |command: &crate::CommandId| *command == self.record.command;
                 let event = match report.event {

@@ -507,7 +507,12 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether a record's machine may still serve: it was prepared, and not given up or deleted.
+/// Whether a record's machine may still serve: it was prepared, and not given up or deleted. One that
+/// was given up after it had accepted prepare has failed, and has no queue either.
 fn may_serve(record: &Record) -> bool {
-    !matches!(record.state, State::NotDelivered | State::Deleted)
+    match record.state {
+        State::NotDelivered | State::Deleted => false,
+        State::Failed => record.revoking.is_none(),
+        _ => true,
+    }
 }

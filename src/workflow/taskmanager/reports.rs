@@ -117,12 +117,17 @@ impl Inner {
             && driven.progress.borrow().record.address == report.address()
         {
             // The driver acks it, once what it says is on disk.
-            match driven.signals.send(Signal::Report(report, delivery)).await {
+            match driven
+                .signals
+                .send(Signal::Report(Box::new((report, delivery))))
+                .await
+            {
                 Ok(()) => return,
                 Err(unsent) => {
-                    let Signal::Report(report, delivery) = unsent.0 else {
+                    let Signal::Report(unsent) = unsent.0 else {
                         return;
                     };
+                    let (report, delivery) = *unsent;
                     return self.without_driver(report, delivery).await;
                 }
             }
