@@ -27,7 +27,7 @@ pub use broker_url::BrokerUrl;
 pub use connect::connect;
 pub use deadline::Deadline;
 pub use error::{Error, ErrorKind, Outcome, Result};
-pub use message::{CommandId, Headers, Message, MessageId};
+pub use message::{CommandId, Headers, Message, MessageId, TraceContext};
 pub use names::{GuestAddress, GuestId, Incarnation, QueueName};
 pub use wire::{CommandState, Phase, Pong};
 pub use workflow::*;

@@ -155,6 +155,53 @@ impl Headers {
     }
 }
 
+/// Where in a distributed trace a message belongs: W3C Trace Context, in the headers `traceparent` and
+/// `tracestate` that every tracing library knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TraceContext {
+    parent: String,
+    state: Option<String>,
+}
+
+impl TraceContext {
+    /// Takes the values of the two headers.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] unless `parent` is of the W3C's form, version 00:
+    /// `00-<32 hexadecimal digits>-<16>-<2>`, in lower case, neither id all zeros.
+    pub fn new(parent: impl Into<String>, state: Option<String>) -> Result<Self> {
+        let parent = parent.into();
+        let is_hex = |part: &str, digits| {
+            part.len() == digits && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        let is_id = |part: &str, digits| is_hex(part, digits) && part.bytes().any(|b| b != b'0');
+        let parts: Vec<&str> = parent.split('-').collect();
+        match parts[..] {
+            ["00", trace, span, flags]
+                if is_id(trace, 32) && is_id(span, 16) && is_hex(flags, 2) =>
+            {
+                Ok(Self { parent, state })
+            }
+            _ => Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("{parent:?} is not a traceparent: expected 00-<32 hex>-<16 hex>-<2 hex>"),
+            )),
+        }
+    }
+
+    /// The value of `traceparent`.
+    #[must_use]
+    pub fn parent(&self) -> &str {
+        &self.parent
+    }
+
+    /// The value of `tracestate`.
+    #[must_use]
+    pub fn state(&self) -> Option<&str> {
+        self.state.as_deref()
+    }
+}
+
 impl TryFrom<BTreeMap<String, String>> for Headers {
     type Error = Error;
     fn try_from(map: BTreeMap<String, String>) -> Result<Self> {
@@ -231,6 +278,25 @@ impl Message {
     pub fn with_content_type(mut self, content_type: MessageKind) -> Self {
         self.content_type = content_type;
         self
+    }
+
+    /// The same message, as part of this trace.
+    ///
+    /// # Errors
+    /// As [`Headers::insert`].
+    pub fn with_trace(mut self, trace: &TraceContext) -> Result<Self> {
+        self.headers.insert("traceparent", trace.parent())?;
+        if let Some(state) = trace.state() {
+            self.headers.insert("tracestate", state)?;
+        }
+        Ok(self)
+    }
+
+    /// The trace that it is part of; `None` if it is in none, or its headers are malformed.
+    #[must_use]
+    pub fn trace(&self) -> Option<TraceContext> {
+        let state = self.headers.get("tracestate").map(Into::into);
+        TraceContext::new(self.headers.get("traceparent")?, state).ok()
     }
 
     /// The same message, sent over the report lane of the guest that owns this queue.
@@ -311,6 +377,26 @@ mod tests {
     fn ids_with_spaces_or_too_long_are_refused() {
         for id in ["", "a b", "a\n", "é", &"x".repeat(129)] {
             assert!(MessageId::new(id).is_err(), "{id:?}");
+        }
+    }
+
+    #[test]
+    fn a_trace_context_travels_in_the_headers_of_w3c() {
+        let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let trace = TraceContext::new(parent, Some("vendor=1".into())).unwrap();
+        let message = Message::new("x", "").unwrap().with_trace(&trace).unwrap();
+        assert_eq!(message.headers.get("traceparent"), Some(parent));
+        assert_eq!(message.trace(), Some(trace));
+        assert_eq!(Message::new("x", "").unwrap().trace(), None);
+        let zeros = format!("00-{}-b7ad6b7169203331-01", "0".repeat(32));
+        for malformed in [
+            "",
+            "00-1-2-3",
+            &zeros,
+            &parent.to_uppercase(),
+            &format!("{parent}-1"),
+        ] {
+            assert!(TraceContext::new(malformed, None).is_err(), "{malformed:?}");
         }
     }
 

@@ -1174,6 +1174,26 @@ async fn calls_return_results_and_typed_errors() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_cast_is_guarded_by_a_ping_unless_a_pong_is_young_enough() {
+    let world = World::new().await;
+    world.taskmanager.provision("vm", ()).start().await.unwrap();
+    let guest = world.guest().await;
+    world.until(State::Succeeded).await;
+    let careful = world.taskmanager.guest("vm");
+    let trusting = world.taskmanager.guest("vm").pong_max_age(PATIENCE);
+    trusting.call::<()>("nothing", &()).await.unwrap_err();
+    guest.stop().await;
+    let gone = careful.cast("nothing", &()).await.unwrap_err();
+    assert_eq!(*gone.kind(), ErrorKind::NoConsumer);
+    // Its pong is young enough: the cast waits in the queue. A ping that fails ends that.
+    trusting.cast("nothing", &()).await.unwrap();
+    assert_eq!(trusting.queue().await.unwrap().ready, 1);
+    assert!(trusting.ping(secs(5)).await.is_err());
+    let gone = trusting.cast("nothing", &()).await.unwrap_err();
+    assert_eq!(*gone.kind(), ErrorKind::NoConsumer);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn s4_payloads_never_show_in_debug_forms() {
     const SECRET: &str = "hunter2";
     let world = World::new().await;

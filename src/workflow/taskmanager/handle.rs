@@ -1,6 +1,9 @@
 //! One guest, as the control plane speaks to it: a ping comes before any cast or call.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
 
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -14,7 +17,7 @@ use crate::{
     workflow::{
         ask::Asker,
         record::State,
-        taskmanager::{OPERATION, Taskmanager},
+        taskmanager::{OPERATION, Taskmanager, lock},
     },
 };
 
@@ -31,6 +34,9 @@ pub struct GuestHandle {
     guest: std::result::Result<GuestId, String>,
     incarnation: Option<Incarnation>,
     within: Duration,
+    pong_max_age: Duration,
+    /// Who answered the last ping, and when. Clones share it.
+    last_pong: Arc<Mutex<Option<(GuestAddress, Instant)>>>,
 }
 
 impl GuestHandle {
@@ -40,6 +46,8 @@ impl GuestHandle {
             guest: guest.map_err(|error| error.to_string()),
             incarnation: None,
             within: Duration::from_secs(30),
+            pong_max_age: Duration::ZERO,
+            last_pong: Arc::default(),
         }
     }
 
@@ -57,6 +65,14 @@ impl GuestHandle {
         self
     }
 
+    /// How old the pong before a cast or call may be: a pong of this handle, or of a clone of it, that
+    /// is younger saves the ping. Zero unless told otherwise: each cast and call pings.
+    #[must_use]
+    pub fn pong_max_age(mut self, age: Duration) -> Self {
+        self.pong_max_age = age;
+        self
+    }
+
     /// Asks the guest whether it is there. Touches no queue.
     ///
     /// # Errors
@@ -67,7 +83,22 @@ impl GuestHandle {
     /// # Cancel safety
     /// Safe.
     pub async fn ping(&self, within: Duration) -> Result<Pong> {
-        self.asker().await?.ping(within).await
+        self.ping_by(&self.asker().await?, within).await
+    }
+
+    async fn ping_by(&self, asker: &Asker, within: Duration) -> Result<Pong> {
+        let answer = asker.ping(within).await;
+        // A guest that did not answer is not one that did a moment ago.
+        *lock(&self.last_pong) = answer
+            .is_ok()
+            .then(|| (asker.address.clone(), Instant::now()));
+        answer
+    }
+
+    fn has_fresh_pong(&self, from: &GuestAddress) -> bool {
+        lock(&self.last_pong)
+            .as_ref()
+            .is_some_and(|(address, at)| address == from && at.elapsed() < self.pong_max_age)
     }
 
     /// Sends a command that nobody waits for. Ok: it is stored in the guest's queue, and the guest was
@@ -172,7 +203,9 @@ impl GuestHandle {
     async fn send(&self, kind: &str, payload: Payload, deadline: Deadline) -> Result<CommandId> {
         let asker = self.asker().await?;
         self.must_be_prepared().await?;
-        asker.ping(PING.min(deadline.remaining())).await?;
+        if !self.has_fresh_pong(&asker.address) {
+            self.ping_by(&asker, PING.min(deadline.remaining())).await?;
+        }
         let command = Command::new(
             &asker.address,
             CommandId::generate(),
