@@ -97,6 +97,18 @@ impl Fleet {
                 _ => panic!("{context}"),
             }
         }
+        // An agent that was started in the last moment says hello to nobody: that waits for the next
+        // control plane, which collects it and changes nothing.
+        let holds = |queue: &Value| queue["ready"] != 0 || queue["delayed"] != 0;
+        let reports = |queue: &Value| queue["name"] == "wilco.r.main";
+        let queues = if queues.iter().any(|queue| reports(queue) && holds(queue)) {
+            let again = self.start().ended();
+            assert_eq!(Self::outcomes(&again), outcomes, "{context}: {again:#?}");
+            assert_eq!(self.ran(), ran, "{context}: {again:#?}");
+            self.place.run(["queues", "--json"]).json()
+        } else {
+            queues
+        };
         for queue in &queues {
             for field in ["ready", "delayed", "in_flight", "dead"] {
                 assert_eq!(queue[field], 0, "{context}: {queue}");
