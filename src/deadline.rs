@@ -60,3 +60,34 @@ impl From<Duration> for Deadline {
         Self::after(duration)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio_test::{assert_pending, assert_ready, task};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn p9_a_future_is_bound_to_the_moment_not_earlier_and_not_later() {
+        let deadline = Deadline::after(Duration::from_secs(5));
+        let mut bound = task::spawn(deadline.bound(std::future::pending::<()>()));
+        assert_pending!(bound.poll());
+        tokio::time::advance(Duration::from_millis(4_999)).await;
+        assert_pending!(bound.poll());
+        assert!(!deadline.has_passed());
+        tokio::time::advance(Duration::from_millis(2)).await;
+        let error = assert_ready!(bound.poll()).unwrap_err();
+        assert_eq!(*error.kind(), ErrorKind::DeadlineExceeded);
+        assert!(deadline.has_passed());
+        assert_eq!(deadline.remaining(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_ready_in_time_is_returned_and_no_duration_overflows() {
+        let deadline = Deadline::after(Duration::MAX);
+        assert_eq!(deadline.bound(async { 7 }).await.unwrap(), 7);
+        let sooner = deadline.or_after(Duration::from_secs(1));
+        assert_eq!(sooner.remaining(), Duration::from_secs(1));
+        assert_eq!(sooner.or_after(Duration::MAX), sooner);
+    }
+}
