@@ -130,6 +130,12 @@ impl Running {
         }
     }
 
+    /// Ends it if it has not ended by itself.
+    async fn kill_or_ended(self) {
+        self.served.abort();
+        _ = self.served.await;
+    }
+
     async fn stop(mut self) -> Served {
         _ = self.stop.take().unwrap().send(());
         self.served.await.unwrap().unwrap()
@@ -1054,13 +1060,6 @@ async fn w25_a_machine_is_fenced_though_its_successor_never_came() {
     assert_eq!(third.start().await.unwrap().address.incarnation.get(), 3);
     let served = tokio::time::timeout(PATIENCE, zombie.served).await;
     assert_eq!(served.unwrap().unwrap().unwrap(), Served::Revoked);
-}
-
-impl Running {
-    async fn kill_or_ended(self) {
-        self.served.abort();
-        _ = self.served.await;
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

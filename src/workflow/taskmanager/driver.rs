@@ -113,6 +113,7 @@ impl Driver {
             }
             if self.record.state != state {
                 self.backoff = fast_backoff();
+                self.revoking_fails_since = None;
             }
         }
     }
@@ -245,8 +246,8 @@ impl Driver {
         }
     }
 
-    /// As far as is known the guest has not started prepare: it is in the queue, or among the dead letters, or lost
-    /// (cases W23, W24).
+    /// As far as is known the guest has not started prepare: it is in the queue, or among the dead
+    /// letters, or lost (cases W23, W24).
     async fn look_for_prepare(&mut self, not_started: bool) -> Result<()> {
         let queue = self.record.address.queue();
         let deadline = Deadline::after(OPERATION);
@@ -438,7 +439,11 @@ impl Driver {
             }
             tracing::info!(guest = %next.address, state = %next.state, "provisioning");
             let record = Arc::new(next.clone());
-            self.tell.send_modify(|progress| progress.record = record);
+            self.tell.send_modify(|progress| {
+                // What goes on after a revocation that came too late (W37) is not stuck any more.
+                progress.stuck &= record.state == State::Revoking;
+                progress.record = record;
+            });
             self.inner.announce(&next);
             self.counted |= next.copies > copies;
         }

@@ -97,7 +97,7 @@ struct Driven {
 struct Progress {
     record: Arc<Record>,
     stopped: Option<Arc<Error>>,
-    /// The broker has been out of reach for revoking since this moment.
+    /// It is being revoked, and the broker has been out of reach for that for a while.
     stuck: bool,
 }
 
