@@ -9,3 +9,15 @@ compile_error!(
 #[cfg(feature = "embedded")]
 #[path = "../backends/embedded/mod.rs"]
 pub(crate) mod embedded;
+
+#[cfg(feature = "nats")]
+#[path = "../backends/nats/mod.rs"]
+pub(crate) mod nats;
+
+#[cfg(feature = "rabbitmq")]
+#[path = "../backends/rabbitmq/mod.rs"]
+pub(crate) mod rabbitmq;
+
+#[cfg(feature = "redis")]
+#[path = "../backends/redis/mod.rs"]
+pub(crate) mod redis;

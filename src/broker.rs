@@ -378,7 +378,9 @@ pub trait Consumer: Send + fmt::Debug {
 pub struct Delivery {
     /// The message.
     pub message: Message,
-    /// Which delivery of it this is, from 1. A lower bound where the broker forgets.
+    /// Which delivery of it this is, from 1. A lower bound where the broker forgets. When a consumer's
+    /// process is killed, what it had buffered may be counted with what it had handed out: only that
+    /// process knew which was which.
     pub attempt: u32,
     lease: Box<dyn Lease>,
 }

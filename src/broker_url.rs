@@ -13,26 +13,54 @@ use crate::error::{Error, ErrorKind, Result};
 /// | `sqlite:relative/path.db`, `sqlite:///absolute/path.db` | embedded, in a file that processes of one machine share |
 /// | `memory:` | embedded, in this process alone, new at each connect |
 /// | `memory:name` | embedded, one for all in this process who use the name |
+/// | `amqp://user:password@host:5672/vhost`, `amqps://…` | RabbitMQ |
+/// | `nats://user:password@host:4222`, `nats://token@host`, `tls://…` | NATS JetStream |
+/// | `redis://user:password@host:6379/database`, `rediss://…` | Redis or Valkey |
+///
+/// Where there is a host there can be several, `host1:port,host2,…`: the addresses of one cluster, tried
+/// in turn. What the URL does not say of user, password and token is taken from the environment:
+/// `WILCO_BROKER_USER`, `WILCO_BROKER_PASSWORD`, `WILCO_BROKER_TOKEN`.
 ///
 /// Options follow as `?name=value&…`; each backend names those that it knows:
 ///
 /// | scheme | option | value |
 /// | --- | --- | --- |
 /// | `sqlite` | `sync` | `full` (the default): synced to disk before Ok, survives a power cut. `normal`, `off`: survives a kill of the process alone |
+/// | `amqps`, `tls`, `rediss` | `ca` | a PEM file: trust these authorities and no others |
+/// | | `cert`, `key` | PEM files: a client's certificate and its key |
 #[derive(Clone)]
 pub struct BrokerUrl {
     url: Url,
+    /// The further addresses of a cluster, as they were written.
+    others: Vec<String>,
 }
 
-/// Every scheme of this build.
-const SCHEMES: &[&str] = if cfg!(feature = "embedded") {
-    &["sqlite", "memory"]
-} else {
-    &[]
-};
+/// Every scheme of wilco's, and the feature that a build needs for it.
+const SCHEMES: &[(&str, &str, bool)] = &[
+    ("sqlite", "embedded", cfg!(feature = "embedded")),
+    ("memory", "embedded", cfg!(feature = "embedded")),
+    ("amqp", "rabbitmq", cfg!(feature = "rabbitmq")),
+    (
+        "amqps",
+        "rabbitmq and tls",
+        cfg!(all(feature = "rabbitmq", feature = "tls")),
+    ),
+    ("nats", "nats", cfg!(feature = "nats")),
+    (
+        "tls",
+        "nats and tls",
+        cfg!(all(feature = "nats", feature = "tls")),
+    ),
+    ("redis", "redis", cfg!(feature = "redis")),
+    (
+        "rediss",
+        "redis and tls",
+        cfg!(all(feature = "redis", feature = "tls")),
+    ),
+];
 
 #[cfg_attr(
-    not(feature = "embedded"),
+    not(all(feature = "embedded", feature = "network")),
     allow(dead_code, reason = "backends read them")
 )]
 impl BrokerUrl {
@@ -61,6 +89,16 @@ impl BrokerUrl {
                     "{self}: a % in a path is followed by two hexadecimal digits"
                 ))
             })
+    }
+
+    /// The parts of a URL that has a host.
+    pub(crate) fn parts(&self) -> &Url {
+        &self.url
+    }
+
+    /// The further addresses of a cluster, `host` or `host:port` each.
+    pub(crate) fn others(&self) -> &[String] {
+        &self.others
     }
 
     /// Refuses every option but these.
@@ -110,34 +148,73 @@ impl FromStr for BrokerUrl {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let url = Url::parse(text).map_err(|error| {
+        let (first, others) = split_hosts(text);
+        let url = Url::parse(&first).map_err(|error| {
             // The text is not repeated: it may hold a password.
             invalid(format!(
                 "this is not a broker URL ({error}); expected one such as sqlite:///var/lib/wilco/broker.db"
             ))
         })?;
-        let url = Self { url };
-        if SCHEMES.contains(&url.scheme()) {
-            return Ok(url);
+        let url = Self { url, others };
+        match SCHEMES.iter().find(|(scheme, ..)| *scheme == url.scheme()) {
+            Some((.., true)) => Ok(url),
+            Some((scheme, feature, false)) => Err(invalid(format!(
+                "{url}: this build of wilco has no {scheme}: URLs; build it with the Cargo feature {feature}"
+            ))),
+            None => {
+                let known: Vec<_> = SCHEMES
+                    .iter()
+                    .filter(|(.., built)| *built)
+                    .map(|(scheme, ..)| format!("{scheme}:"))
+                    .collect();
+                Err(invalid(format!(
+                    "unknown scheme {:?} in {url}; the known ones are {}",
+                    url.scheme(),
+                    known.join(", ")
+                )))
+            }
         }
-        let known: Vec<_> = SCHEMES.iter().map(|scheme| format!("{scheme}:")).collect();
-        Err(invalid(format!(
-            "unknown scheme {:?} in {url}; the known ones are {}",
-            url.scheme(),
-            known.join(", ")
-        )))
     }
+}
+
+/// The URL with its first host alone, and the others: `a:1,b:2` is no host that a URL can have.
+fn split_hosts(text: &str) -> (String, Vec<String>) {
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return (text.into(), Vec::new());
+    };
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    let (authority, tail) = rest.split_at(end);
+    let (user, hosts) = match authority.rsplit_once('@') {
+        Some((user, hosts)) => (format!("{user}@"), hosts),
+        None => (String::new(), authority),
+    };
+    let mut hosts = hosts.split(',');
+    let first = hosts.next().unwrap_or_default();
+    let others = hosts.map(str::to_owned).collect();
+    (format!("{scheme}://{user}{first}{tail}"), others)
 }
 
 impl fmt::Display for BrokerUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = self.url.clone();
+        // These fail only for a URL that cannot have them.
         if shown.password().is_some() {
-            // Fails only for a URL that cannot have a password.
             let _ = shown.set_password(Some("***"));
+        } else if !shown.username().is_empty() && matches!(shown.scheme(), "nats" | "tls") {
+            // A user alone is a token on NATS.
+            let _ = shown.set_username("***");
         }
         shown.set_query(None);
-        fmt::Display::fmt(&shown, f)
+        let shown = shown.to_string();
+        if self.others.is_empty() {
+            return f.write_str(&shown);
+        }
+        let start = shown.find("://").map_or(0, |at| at + 3);
+        let end = shown[start..]
+            .find('/')
+            .map_or(shown.len(), |at| start + at);
+        let (head, tail) = shown.split_at(end);
+        write!(f, "{head},{}{tail}", self.others.join(","))
     }
 }
 
@@ -148,10 +225,10 @@ impl fmt::Debug for BrokerUrl {
 }
 
 #[cfg_attr(
-    not(feature = "embedded"),
+    not(any(feature = "embedded", feature = "network")),
     allow(dead_code, reason = "backends read them")
 )]
-fn percent_decode(text: &str) -> Option<String> {
+pub(crate) fn percent_decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&byte, tail)) = rest.split_first() {
@@ -201,6 +278,10 @@ mod tests {
             error.contains("\"kafka\"") && error.contains("sqlite:, memory:"),
             "{error}"
         );
+        for (scheme, feature, built) in SCHEMES.iter().filter(|(.., built)| !built) {
+            let error = parse(&format!("{scheme}://h/")).unwrap_err().to_string();
+            assert!(!built && error.contains(feature), "{error}");
+        }
         let url = parse("sqlite:x.db?sync=full&snyc=full").unwrap();
         let error = url
             .only_options(&["sync", "timeout"])
@@ -213,11 +294,31 @@ mod tests {
     }
 
     #[test]
-    fn s4_a_password_is_never_shown() {
+    fn several_hosts_are_one_cluster() {
+        let (first, others) = split_hosts("amqp://u:p@a:1,b,c:3/v?x=1");
+        assert_eq!(first, "amqp://u:p@a:1/v?x=1");
+        assert_eq!(others, ["b", "c:3"]);
         let url = BrokerUrl {
-            url: Url::parse("amqp://user:hunter2@host/?token=hunter2").unwrap(),
+            url: Url::parse(&first).unwrap(),
+            others,
         };
-        assert!(!format!("{url} {url:?}").contains("hunter2"));
+        assert_eq!(url.to_string(), "amqp://u:***@a:1,b,c:3/v");
+        let (first, others) = split_hosts("sqlite:a,b.db");
+        assert_eq!((first.as_str(), others.len()), ("sqlite:a,b.db", 0));
+    }
+
+    #[test]
+    fn s4_a_password_is_never_shown() {
+        for text in [
+            "amqp://user:hunter2@host/?token=hunter2",
+            "amqp://user:hunter2@host:1,b:2/?token=hunter2",
+            "nats://hunter2@host",
+        ] {
+            let (first, others) = split_hosts(text);
+            let url = Url::parse(&first).unwrap();
+            let url = BrokerUrl { url, others };
+            assert!(!format!("{url} {url:?}").contains("hunter2"));
+        }
         let error = parse("amqp://user:hunter2@host:port").unwrap_err();
         assert!(!format!("{error} {error:?}").contains("hunter2"));
         let error = parse("amqp://user:hunter2@host").unwrap_err();

@@ -4,16 +4,19 @@
 //! The house, from the ground up:
 //! - vocabulary: [`names`], [`message`], [`deadline`], [`durability`], and the one [`Error`];
 //! - [`broker`]: the trait that every backend keeps, and [`connect`] that picks one by URL;
-//! - backends: `embedded` on SQLite;
+//! - backends: `embedded` on SQLite, `rabbitmq`, `nats` (JetStream) and `redis` (Streams);
 //! - workflow: [`Taskmanager`] with its [`Records`], [`Guest`] with its [`Journal`], and the [`wire`] form
 //!   that they speak.
 
 mod backends;
+mod backoff;
 pub mod broker;
 mod broker_url;
 mod connect;
 pub mod deadline;
 pub mod durability;
+#[cfg(feature = "network")]
+mod endpoint;
 mod error;
 pub mod message;
 pub mod names;
@@ -24,7 +27,7 @@ mod workflow;
 
 pub use broker::Broker;
 pub use broker_url::BrokerUrl;
-pub use connect::connect;
+pub use connect::{connect, connect_by};
 pub use deadline::Deadline;
 pub use error::{Error, ErrorKind, Outcome, Result};
 pub use message::{CommandId, Headers, Message, MessageId, TraceContext};

@@ -12,7 +12,7 @@ use std::{
 use serde::Serialize;
 use wilco::Broker;
 
-use crate::harness::{Harness, Server, Unavailable};
+use crate::harness::{Harness, Server, Unavailable, Use};
 
 /// One check of one law.
 #[derive(Clone, Copy)]
@@ -34,10 +34,20 @@ impl Check {
     /// No check may take longer than this: nothing waits for ever (law P9), the suite neither.
     pub const LIMIT: Duration = Duration::from_secs(180);
 
+    /// Whether it restarts or breaks its broker: its law (section F) or its name says so.
+    #[must_use]
+    pub fn usage(&self) -> Use {
+        if self.law.starts_with('F') || self.name.contains("restart") {
+            Use::Alone
+        } else {
+            Use::Shared
+        }
+    }
+
     /// Runs the check on a fresh broker of this harness.
     pub async fn run_on(&self, harness: &dyn Harness, options: &Options) -> Outcome {
         let started = Instant::now();
-        let mut result = match harness.start().await {
+        let mut result = match harness.start(self.usage()).await {
             Ok(server) => {
                 let cx = Cx {
                     server,

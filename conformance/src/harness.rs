@@ -1,7 +1,7 @@
 //! What the author of a backend brings: a way to a private broker, and a view of it that does not go
 //! through the backend under test.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use wilco::{Broker, QueueName, durability::Level};
@@ -33,9 +33,22 @@ pub trait Harness: Send + Sync + fmt::Debug {
     /// Starts a broker that nobody else uses, with nothing on it. It is gone when the server is
     /// dropped.
     ///
+    /// With [`Use::Shared`] it may be a part of a process that other checks use too, if that part is
+    /// as empty and as private as a process of its own (a virtual host, say): such a check never
+    /// restarts, kills or pauses it.
+    ///
     /// # Errors
     /// What kept it from starting. For a broker that was asked for that is a failure (law X2).
-    async fn start(&self) -> Result<Box<dyn Server>, String>;
+    async fn start(&self, usage: Use) -> Result<Box<dyn Server>, String>;
+}
+
+/// How a check uses its broker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// It leaves the broker's process alone.
+    Shared,
+    /// It restarts, kills or pauses the broker's process.
+    Alone,
 }
 
 /// One private broker, from its own side.
@@ -64,6 +77,47 @@ pub trait Server: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`Unavailable`] if nothing could outlive that.
     async fn restart(&self) -> Result<(), Unavailable>;
+
+    /// The broker's process and its network, to break them (section F).
+    ///
+    /// # Errors
+    /// [`Unavailable`] if there is no such process.
+    fn faults(&self) -> Result<&dyn Faults, Unavailable>;
+}
+
+/// A broker that is a process of its own, reached over TCP, from the side of one who breaks it. Data,
+/// address and settings stay the same over all of it.
+#[async_trait]
+pub trait Faults: Send + Sync + fmt::Debug {
+    /// Kills the process as `kill -9` does, and returns when it is gone.
+    ///
+    /// # Errors
+    /// It could not be killed.
+    async fn kill(&self) -> Result<(), Unavailable>;
+
+    /// Starts the process again on the same data and returns when it takes connections.
+    ///
+    /// # Errors
+    /// It did not come up.
+    async fn start(&self) -> Result<(), Unavailable>;
+
+    /// Stops the process where it stands (SIGSTOP): its sockets stay open and nothing answers.
+    ///
+    /// # Errors
+    /// It could not be stopped.
+    fn pause(&self) -> Result<(), Unavailable>;
+
+    /// Lets a paused process go on.
+    ///
+    /// # Errors
+    /// It could not be.
+    fn resume(&self) -> Result<(), Unavailable>;
+
+    /// Where the process listens.
+    fn address(&self) -> SocketAddr;
+
+    /// The URL that reaches the broker by way of another address: a proxy's.
+    fn url_via(&self, proxy: SocketAddr) -> String;
 }
 
 /// What is known of a broker without asking the backend under test.

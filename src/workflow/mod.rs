@@ -2,7 +2,6 @@
 //! they do it.
 
 mod ask;
-mod backoff;
 mod guest;
 mod journal;
 mod machine;

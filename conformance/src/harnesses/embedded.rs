@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use wilco::{Broker, QueueName, durability::Level};
 
 use super::handles::Handles;
-use crate::harness::{Facts, Harness, Server, Unavailable};
+use crate::harness::{Facts, Faults, Harness, Server, Unavailable, Use};
 
 /// The bound within which the embedded broker says that a vanished consumer is noticed.
 const TAKEOVER: Duration = Duration::from_secs(3);
@@ -32,7 +32,7 @@ impl Harness for Sqlite {
         "sqlite"
     }
 
-    async fn start(&self) -> Result<Box<dyn Server>, String> {
+    async fn start(&self, _usage: Use) -> Result<Box<dyn Server>, String> {
         let directory = TempDir::with_prefix("wilco-").map_err(|error| error.to_string())?;
         let file = directory.path().join("broker.db");
         Ok(Box::new(SqliteFile {
@@ -80,6 +80,10 @@ impl Server for SqliteFile {
         // The broker is the processes that have the file open: with the last handle it is stopped.
         let closed = self.handles.close().await;
         closed.map_err(|error| Unavailable::because(format!("it cannot be stopped: {error}")))
+    }
+
+    fn faults(&self) -> Result<&dyn Faults, Unavailable> {
+        Err(no_process())
     }
 }
 
@@ -143,6 +147,12 @@ fn files(file: &Path, queue: &QueueName) -> Vec<String> {
     ours.map(|name| format!("the file {name}")).collect()
 }
 
+fn no_process() -> Unavailable {
+    Unavailable::because(
+        "the embedded broker is no process and has no network: nothing to kill or cut",
+    )
+}
+
 /// `memory:` under a new name each time.
 #[derive(Debug)]
 pub struct Memory;
@@ -153,7 +163,7 @@ impl Harness for Memory {
         "memory"
     }
 
-    async fn start(&self) -> Result<Box<dyn Server>, String> {
+    async fn start(&self, _usage: Use) -> Result<Box<dyn Server>, String> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let url = format!(
             "memory:conformance-{}",
@@ -199,5 +209,9 @@ impl Server for InMemory {
         Err(Unavailable::because(
             "memory: ends with its process, nothing outlives that",
         ))
+    }
+
+    fn faults(&self) -> Result<&dyn Faults, Unavailable> {
+        Err(no_process())
     }
 }

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use wilco::{Broker, QueueName, durability::Level};
 
 use crate::{
-    harness::{Facts, Harness, Server, Unavailable},
+    harness::{Facts, Faults, Harness, Server, Unavailable, Use},
     reference::ReferenceBroker,
 };
 
@@ -20,7 +20,7 @@ impl Harness for Reference {
         "reference"
     }
 
-    async fn start(&self) -> Result<Box<dyn Server>, String> {
+    async fn start(&self, _usage: Use) -> Result<Box<dyn Server>, String> {
         Ok(Box::new(Started(ReferenceBroker::new())))
     }
 }
@@ -53,5 +53,11 @@ impl Server for Started {
     async fn restart(&self) -> Result<(), Unavailable> {
         self.0.restart();
         Ok(())
+    }
+
+    fn faults(&self) -> Result<&dyn Faults, Unavailable> {
+        Err(Unavailable::because(
+            "the reference broker lives in this process: nothing to kill or cut",
+        ))
     }
 }

@@ -19,7 +19,7 @@ use wilco::{Broker, QueueName};
 pub use table::{all, find};
 pub use wrap::{Inner, Sabotage};
 
-use crate::harness::{Facts, Harness, Server, Unavailable};
+use crate::harness::{Facts, Faults, Harness, Server, Unavailable, Use};
 
 /// One saboteur and the check that has to catch it.
 #[derive(Clone, Copy)]
@@ -59,8 +59,8 @@ impl Harness for Sabotaged {
         self.saboteur.name
     }
 
-    async fn start(&self) -> Result<Box<dyn Server>, String> {
-        let server = self.harness.start().await?;
+    async fn start(&self, usage: Use) -> Result<Box<dyn Server>, String> {
+        let server = self.harness.start(usage).await?;
         Ok(Box::new(SabotagedServer {
             server,
             sabotage: (self.saboteur.make)(),
@@ -95,5 +95,9 @@ impl Server for SabotagedServer {
         let inner = inner.map_err(|error| Unavailable::because(error.to_string()))?;
         self.sabotage.restarted(&inner).await;
         Ok(())
+    }
+
+    fn faults(&self) -> Result<&dyn Faults, Unavailable> {
+        self.server.faults()
     }
 }

@@ -30,12 +30,13 @@ use self::{
     reporter::Reporter,
 };
 use crate::{
+    backoff::Backoff,
     broker::{Broker, ConsumeOptions, Consumer},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
     names::{GuestAddress, GuestId, Incarnation, QueueName},
     wire::{BootId, PREPARE, Phase, ReportEvent},
-    workflow::{backoff::Backoff, is_set, journal::Journal},
+    workflow::{is_set, journal::Journal},
 };
 
 /// How long one attempt to attach may take.

@@ -3,12 +3,13 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
+    backoff::Backoff,
     broker::Broker,
     deadline::Deadline,
     error::{ErrorKind, Result},
     names::GuestAddress,
     wire::{BootId, Report, ReportEvent},
-    workflow::{backoff::Backoff, guest::book::Book},
+    workflow::guest::book::Book,
 };
 
 const PUBLISH_WITHIN: Duration = Duration::from_secs(10);

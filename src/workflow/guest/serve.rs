@@ -9,13 +9,13 @@ use tokio::{
 };
 
 use crate::{
+    backoff::Backoff,
     broker::{Consumer, Delivery},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
     message::CommandId,
     wire::{Command, CommandResult, Phase, RemoteError, ReportEvent},
     workflow::{
-        backoff::Backoff,
         guest::{
             Guest, Served,
             book::Admission,

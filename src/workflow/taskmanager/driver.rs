@@ -8,12 +8,12 @@ use tokio::{
 };
 
 use crate::{
+    backoff::Backoff,
     broker::QueueSpec,
     deadline::Deadline,
     error::{Error, ErrorKind, Outcome, Result},
     wire::{Command, CommandState, Phase, RemoteError, Report, ReportEvent},
     workflow::{
-        backoff::Backoff,
         machine::{self, Event, Todo},
         record::{ProvisionOutcome, Reason, ReasonKind, Record, Sent, State, Trouble, now_ms},
         taskmanager::{Cancelled, HostState, Inner, OPERATION, Progress, lock},

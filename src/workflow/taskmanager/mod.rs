@@ -22,6 +22,7 @@ use self::{
 };
 pub use self::{handle::GuestHandle, provision::Provision};
 use crate::{
+    backoff::Backoff,
     broker::{Broker, DeleteMode},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
@@ -29,7 +30,6 @@ use crate::{
     wire,
     workflow::{
         ask::Asker,
-        backoff::Backoff,
         is_set,
         machine::{self, Event},
         record::{Record, State, now_ms},

@@ -3,13 +3,13 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use crate::{
+    backoff::Backoff,
     broker::{ConsumeOptions, Consumer, Delivery, QueueSpec},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
     names::GuestAddress,
     wire::{Report, ReportEvent},
     workflow::{
-        backoff::Backoff,
         is_set,
         record::Record,
         taskmanager::{Inner, OPERATION, driver::Signal, may_serve},

@@ -1,0 +1,201 @@
+//! Where a broker with a connection is: its addresses, who we are there, and how TLS is done.
+
+use std::{env, fmt, fs, path::PathBuf};
+
+use secrecy::SecretString;
+
+use crate::{
+    broker_url::{BrokerUrl, percent_decode},
+    error::{Error, ErrorKind, Result},
+};
+
+/// The options of every URL with TLS.
+pub(crate) const TLS_OPTIONS: &[&str] = &["ca", "cert", "key"];
+
+/// What a URL with a host, and the environment, say of a broker.
+#[derive(Clone, Debug)]
+pub(crate) struct Endpoint {
+    /// The addresses of one broker or of its cluster; at least one.
+    pub(crate) hosts: Vec<Host>,
+    pub(crate) user: Option<String>,
+    pub(crate) password: Option<SecretString>,
+    pub(crate) token: Option<SecretString>,
+    /// What follows the hosts, decoded, without its first slash; `None` if nothing follows.
+    pub(crate) path: Option<String>,
+    /// Set where the scheme asks for TLS.
+    pub(crate) tls: Option<Tls>,
+}
+
+/// One address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Host {
+    /// A name or an IP address, the latter without brackets.
+    pub(crate) name: String,
+    pub(crate) port: u16,
+}
+
+/// How TLS is done, as PEM texts; the host's name is always checked (law S3).
+#[derive(Clone)]
+pub(crate) struct Tls {
+    /// The authorities to trust, and no others; `None`: those of the system.
+    pub(crate) authorities: Option<Vec<u8>>,
+    /// Our certificate and its key.
+    pub(crate) identity: Option<Identity>,
+}
+
+#[derive(Clone)]
+pub(crate) struct Identity {
+    pub(crate) certificate: Vec<u8>,
+    pub(crate) key: Vec<u8>,
+}
+
+impl Endpoint {
+    /// Reads a URL. Its options are the backend's to read, but for those of TLS.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidUrl`] that says what is wrong with which part.
+    pub(crate) fn of(url: &BrokerUrl, default_port: u16, with_tls: bool) -> Result<Self> {
+        let parts = url.parts();
+        let name = parts.host_str().filter(|name| !name.is_empty());
+        let name = name.ok_or_else(|| invalid(format!("{url}: a host is missing after ://")))?;
+        let mut hosts = vec![Host {
+            name: name.trim_matches(['[', ']']).into(),
+            port: parts.port().unwrap_or(default_port),
+        }];
+        for other in url.others() {
+            hosts
+                .push(Host::read(other, default_port).ok_or_else(|| {
+                    invalid(format!("{url}: {other:?} is not host or host:port"))
+                })?);
+        }
+        let decoded = |text: &str, what: &str| {
+            percent_decode(text).ok_or_else(|| {
+                invalid(format!(
+                    "{url}: a % in the {what} is followed by two hexadecimal digits"
+                ))
+            })
+        };
+        let from_env = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
+        let user = match parts.username() {
+            "" => from_env("WILCO_BROKER_USER"),
+            user => Some(decoded(user, "user")?),
+        };
+        let password = match parts.password() {
+            None => from_env("WILCO_BROKER_PASSWORD"),
+            Some(password) => Some(decoded(password, "password")?),
+        };
+        let path = match parts.path().strip_prefix('/') {
+            None | Some("") => None,
+            Some(path) => Some(decoded(path, "path")?),
+        };
+        Ok(Self {
+            hosts,
+            user,
+            password: password.map(SecretString::from),
+            token: from_env("WILCO_BROKER_TOKEN").map(SecretString::from),
+            path,
+            tls: with_tls.then(|| Tls::of(url)).transpose()?,
+        })
+    }
+}
+
+impl Host {
+    fn read(text: &str, default_port: u16) -> Option<Self> {
+        // An IPv6 address has colons of its own and stands in brackets.
+        let (name, port) = match text.strip_prefix('[') {
+            Some(rest) => {
+                let (name, port) = rest.split_once(']')?;
+                (
+                    name,
+                    port.strip_prefix(':').or(port.is_empty().then_some(""))?,
+                )
+            }
+            None => text.split_once(':').unwrap_or((text, "")),
+        };
+        let port = match port {
+            "" => default_port,
+            port => port.parse().ok()?,
+        };
+        (!name.is_empty()).then(|| Self {
+            name: name.into(),
+            port,
+        })
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.name.contains(':') {
+            write!(f, "[{}]:{}", self.name, self.port)
+        } else {
+            write!(f, "{}:{}", self.name, self.port)
+        }
+    }
+}
+
+impl Tls {
+    fn of(url: &BrokerUrl) -> Result<Self> {
+        let read = |option: &str| -> Result<Option<Vec<u8>>> {
+            let path = url.option(option, "the path of a PEM file", |path| {
+                (!path.is_empty()).then(|| PathBuf::from(path))
+            })?;
+            path.map(|path| {
+                fs::read(&path).map_err(|error| {
+                    invalid(format!(
+                        "option {option}: {} cannot be read: {error}",
+                        path.display()
+                    ))
+                })
+            })
+            .transpose()
+        };
+        let identity = match (read("cert")?, read("key")?) {
+            (Some(certificate), Some(key)) => Some(Identity { certificate, key }),
+            (None, None) => None,
+            _ => {
+                return Err(invalid(format!(
+                    "{url}: the options cert and key are given together or not at all"
+                )));
+            }
+        };
+        Ok(Self {
+            authorities: read("ca")?,
+            identity,
+        })
+    }
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tls")
+            .field("own authorities", &self.authorities.is_some())
+            .field("identity", &self.identity.is_some())
+            .finish()
+    }
+}
+
+fn invalid(message: String) -> Error {
+    Error::new(ErrorKind::InvalidUrl, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn further_hosts_are_read_strictly() {
+        let host = |name: &str, port| {
+            Some(Host {
+                name: name.into(),
+                port,
+            })
+        };
+        assert_eq!(Host::read("b", 7), host("b", 7));
+        assert_eq!(Host::read("b:1", 7), host("b", 1));
+        assert_eq!(Host::read("[::1]", 7), host("::1", 7));
+        assert_eq!(Host::read("[::1]:2", 7), host("::1", 2));
+        for bad in ["", ":1", "b:x", "b:70000", "[::1", "[::1]x"] {
+            assert_eq!(Host::read(bad, 7), None, "{bad:?}");
+        }
+    }
+}
