@@ -1,7 +1,10 @@
 //! A directory with a broker of its own, and the command run in it.
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
+pub(crate) mod fleet;
+
 use std::{
+    env,
     ffi::OsStr,
     fs,
     io::Write,
@@ -19,12 +22,20 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// A directory to run the command in.
 pub(crate) struct Place {
     dir: TempDir,
+    broker: Option<String>,
 }
 
 impl Place {
     pub(crate) fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        Self { dir }
+        Self::on(None)
+    }
+
+    /// Where the broker is at this URL, rather than a file here.
+    pub(crate) fn on(broker: Option<&str>) -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            broker: broker.map(str::to_owned),
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -33,13 +44,18 @@ impl Place {
 
     /// The command, with nothing of the caller's environment that it would heed.
     pub(crate) fn wilco(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_wilco"));
+        let mut command = Command::new(program());
         command
             .args(args)
             .current_dir(self.path())
             .stdin(Stdio::null());
         for name in ["WILCO_BROKER", "WILCO_RECORDS", "WILCO_LOG"] {
             command.env_remove(name);
+        }
+        if let Some(broker) = &self.broker {
+            command
+                .env("WILCO_BROKER", broker)
+                .env("WILCO_RECORDS", self.path().join("records.db"));
         }
         command.env("WILCO_FLEET_DIR", self.path().join("fleet"));
         command
@@ -200,7 +216,23 @@ pub(crate) fn not_run(what: &str, why: &str) {
 
 /// A file of the examples.
 pub(crate) fn example(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("examples")
-        .join(name)
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let examples = package.ancestors().map(|root| root.join("examples"));
+    let mut files = examples.map(|examples| examples.join(name));
+    files.find(|file| file.exists()).unwrap()
+}
+
+/// The command: what Cargo built for this package's tests, or beside the tests of another one.
+fn program() -> PathBuf {
+    if let Some(program) = option_env!("CARGO_BIN_EXE_wilco") {
+        return program.into();
+    }
+    let tests = env::current_exe().unwrap();
+    let program = tests.ancestors().nth(2).unwrap().join("wilco");
+    assert!(
+        program.exists(),
+        "{} is missing: cargo build --workspace makes it",
+        program.display()
+    );
+    program
 }
