@@ -347,6 +347,8 @@ pub(super) enum Require {
     Process,
     /// Survives a power cut
     Power,
+    /// Survives the loss of a node
+    Replicated,
 }
 
 /// Measure a broker: durable publishes per second, claim and ack, ping

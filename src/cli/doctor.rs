@@ -39,6 +39,7 @@ pub(super) async fn run(global: &Global, args: Doctor, output: Output) -> Outcom
         Require::Memory => Level::Memory,
         Require::Process => Level::Process,
         Require::Power => Level::Power,
+        Require::Replicated => Level::Replicated(2),
     });
     let verdict = required.map_or(Ok(()), |level| report.require(level));
     output.json(&Answer {
