@@ -20,6 +20,7 @@ pub mod harness;
 pub mod harnesses;
 pub mod laws;
 pub mod ledger;
+pub mod power;
 pub mod process;
 pub mod reference;
 pub mod registry;
