@@ -16,7 +16,7 @@ use super::{
     durability,
     link::Link,
     publish::{Item, Publisher},
-    requests,
+    requests::{self, Attended},
     router::Router,
 };
 use crate::{broker_url::BrokerUrl, deadline::Deadline, error::Result};
@@ -37,6 +37,7 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Handl
         main,
         bulk: OnceLock::new(),
         publisher: Mutex::new(None),
+        attended: Attended::default(),
         closing: watch::Sender::new(false),
         work: Mutex::new(Some(working)),
         worked: tokio::sync::Mutex::new(worked),
@@ -62,6 +63,7 @@ pub(super) struct Core {
     /// For publishing: made by the first one, so that a guest that only consumes has one connection.
     bulk: OnceLock<Arc<Link>>,
     publisher: Mutex<Option<mpsc::Sender<Item>>>,
+    pub(super) attended: Attended,
     closing: watch::Sender<bool>,
     /// Held by every task that has something to finish; None once closed.
     work: Mutex<Option<mpsc::Sender<()>>>,

@@ -148,7 +148,7 @@ impl Link {
                 Err(failure) if failure.is_broken() || failure.is_passing() => {
                     again |= failure.is_broken();
                     live.give_up(&failure);
-                    live.until_lost(deadline).await?;
+                    deadline.bound(live.until_lost()).await?;
                 }
                 Err(failure) => return Err(failure.error()),
             }
@@ -229,9 +229,9 @@ impl Live {
         let _ = self.give_up.try_send(());
     }
 
-    pub(super) async fn until_lost(&self, deadline: Deadline) -> Result<()> {
-        let mut lost = self.lost.clone();
-        deadline.bound(lost.wait_for(|lost| *lost)).await.map(drop)
+    pub(super) async fn until_lost(&self) {
+        // An error says that the task which keeps it is gone: as lost.
+        let _ = self.lost.clone().wait_for(|lost| *lost).await;
     }
 
     pub(super) fn is_lost(&self) -> bool {

@@ -8,7 +8,11 @@
 //! A question travels as `<reply channel> <number>`, a line's end, and the body; an answer as
 //! `<number> a`, a line's end, and the body; `<number> n` says that nobody serves the lane any more.
 
-use std::sync::{Arc, Weak};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, Weak},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -21,7 +25,7 @@ use uuid::Uuid;
 
 use super::{
     BACKEND, at,
-    connection::{Core, Handle},
+    connection::{Core, Handle, lock},
     consume::Lost,
     link::{Link, Live, Phase, is_auth},
     router::Ear,
@@ -45,60 +49,96 @@ pub(super) async fn request(
 ) -> Result<Bytes> {
     core.open()?;
     fits(&body)?;
-    let mut heard = false;
     let mut closing = core.closing();
-    loop {
-        let exchange = exchange(core, queue, &body, deadline, &mut heard);
-        let answer = tokio::select! {
-            answer = exchange => answer,
-            _ = closing.wait_for(|closing| *closing) => return Err(super::closed()),
-        };
-        match answer {
-            // The connection broke: the answer may have passed us by.
-            Ok(None) => {}
-            Ok(Some(answer)) => return Ok(answer),
-            Err(error) if *error.kind() == ErrorKind::DeadlineExceeded => {
-                return Err(match core.main.trouble() {
-                    Some(trouble) => trouble,
-                    None if heard => silent(),
-                    None => error,
-                });
+    let exchanges = async {
+        loop {
+            // None: the connection broke, and the answer may have passed us by.
+            if let Some(answer) = exchange(core, queue, &body, deadline).await? {
+                return Ok(answer);
             }
-            Err(error) => return Err(error),
         }
+    };
+    let late = |_| match core.main.trouble() {
+        Some(trouble) => trouble,
+        None if core.attended.lately(queue, core.dialer.lease) => silent(),
+        None => Error::new(
+            ErrorKind::DeadlineExceeded,
+            "the deadline passed before the broker said whether anybody is attached",
+        ),
+    };
+    tokio::select! {
+        answer = deadline.bound(exchanges) => answer.map_err(late)?,
+        _ = closing.wait_for(|closing| *closing) => Err(super::closed()),
     }
 }
 
-/// One question and its answer, over one connection; None if that broke.
+/// One question and its answer, over one connection.
 async fn exchange(
     core: &Core,
     queue: &QueueName,
     body: &Bytes,
     deadline: Deadline,
-    heard: &mut bool,
 ) -> Result<Option<Bytes>> {
-    let live = core.main.live(deadline).await?;
+    let live = match core.main.now() {
+        Some(live) => live,
+        None => core.main.live(deadline).await?,
+    };
     let mut expected = core.router.expect();
     let head = format!("{} {}\n", core.router.reply_channel, expected.number);
     let mut call = scripts::on_keys(&scripts::ASK, &[scripts::key(queue, "lane")]);
     call.arg("PUBLISH").arg([head.as_bytes(), body].concat());
-    match deadline.bound(live.call(&call)).await? {
-        Ok(Value::Int(0)) => return Err(nobody()),
-        Ok(_) => *heard = true,
+    match live.call(&call).await {
+        Ok(Value::Int(0)) => {
+            core.attended.not(queue);
+            return Err(nobody());
+        }
+        Ok(_) => core.attended.now(queue),
         Err(failure) if failure.is_broken() || failure.is_passing() => {
             live.give_up(&failure);
-            live.until_lost(deadline).await?;
+            live.until_lost().await;
             return Ok(None);
         }
         Err(failure) => return Err(failure.error()),
     }
     tokio::select! {
-        answer = deadline.bound(&mut expected.answer) => match answer? {
+        answer = &mut expected.answer => match answer {
             Ok(Some(answer)) => Ok(Some(answer)),
             Ok(None) => Err(nobody()),
             Err(_) => Ok(None),
         },
-        lost = live.until_lost(deadline) => lost.map(|()| None),
+        () = live.until_lost() => Ok(None),
+    }
+}
+
+/// The lanes that somebody was found at. A question that a slow server has not passed on by its deadline
+/// is one that somebody did not answer, if somebody was there a moment ago.
+#[derive(Debug, Default)]
+pub(super) struct Attended(Mutex<HashMap<QueueName, Instant>>);
+
+impl Attended {
+    /// The most lanes that are remembered: more are there only for a moment (R5).
+    const MOST: usize = 1024;
+
+    fn now(&self, lane: &QueueName) {
+        let mut lanes = lock(&self.0);
+        if let Some(at) = lanes.get_mut(lane) {
+            *at = Instant::now();
+            return;
+        }
+        if lanes.len() >= Self::MOST {
+            lanes.clear();
+        }
+        lanes.insert(lane.clone(), Instant::now());
+    }
+
+    fn not(&self, lane: &QueueName) {
+        lock(&self.0).remove(lane);
+    }
+
+    fn lately(&self, lane: &QueueName, lease: Duration) -> bool {
+        lock(&self.0)
+            .get(lane)
+            .is_some_and(|at| at.elapsed() < lease)
     }
 }
 
@@ -250,7 +290,7 @@ impl Lane {
             let live = self.core.main.live(deadline).await?;
             deadline.bound(self.prepare(&live)).await?;
             if self.prepared == 0 {
-                live.until_lost(deadline).await?;
+                deadline.bound(live.until_lost()).await?;
             }
         }
         match self.core.main.call(&self.take(), deadline).await? {
