@@ -42,6 +42,9 @@ const MOST_BATCHES: usize = 3;
 /// How long to wait before a claim that the server refused is tried again.
 const AGAIN: Duration = Duration::from_millis(300);
 
+/// How often what is overdue is looked at.
+const NAP: Duration = Duration::from_millis(100);
+
 enum Landed {
     Claim(usize, Result<Value, Failure>),
     Settled(Batch, Result<Value, Failure>),
@@ -73,6 +76,7 @@ pub(super) struct Attendant {
     renew_at: Instant,
     due: Option<Instant>,
     detached: bool,
+    down_since: Option<Instant>,
 }
 
 impl Attendant {
@@ -100,6 +104,7 @@ impl Attendant {
             renew_at: Instant::now(),
             due: None,
             detached: false,
+            down_since: None,
         }
     }
 
@@ -173,8 +178,9 @@ impl Attendant {
             }
             let live = self.live();
             if let Some(live) = &live {
+                self.down_since = None;
                 self.act(live).await;
-            } else if *closing.borrow() {
+            } else if *closing.borrow() || self.is_over() {
                 // The lease ends by itself.
                 return;
             }
@@ -215,8 +221,19 @@ impl Attendant {
         live.filter(|live| live.turn > self.spent && !live.is_lost())
     }
 
+    /// With a consumer that is gone, nothing handed out, and a server that is gone for longer than a
+    /// lease, there is nothing left to give back.
+    fn is_over(&mut self) -> bool {
+        let since = *self.down_since.get_or_insert_with(Instant::now);
+        let state = lock(&self.hold.state);
+        state.detached && state.out == 0 && since.elapsed() > self.hold.core.dialer.lease
+    }
+
     fn next_look(&self) -> Instant {
-        self.due.map_or(self.renew_at, |due| due.min(self.renew_at))
+        let at = self.due.map_or(self.renew_at, |due| due.min(self.renew_at));
+        // What is overdue waits for an answer or a connection, and these wake us.
+        let soon = Instant::now() + NAP;
+        if at < soon - NAP { soon } else { at }
     }
 
     fn renew_later(&mut self) {

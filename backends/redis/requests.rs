@@ -321,6 +321,7 @@ impl Lane {
         let mut renew_at = Instant::now() + self.core.dialer.lease / 3;
         loop {
             let live = self.core.main.now().filter(|live| live.turn > self.spent);
+            let connected = live.is_some();
             if let Some(live) = live
                 && (live.turn != self.prepared || renew_at <= Instant::now())
             {
@@ -354,7 +355,8 @@ impl Lane {
                     Phase::Ended => return,
                     _ => {}
                 },
-                () = sleep_until(renew_at) => {}
+                // Without a connection the next one wakes us.
+                () = sleep_until(renew_at), if connected => {}
             }
         }
     }
