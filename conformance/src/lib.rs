@@ -28,3 +28,4 @@ pub mod registry;
 pub mod report;
 pub mod saboteurs;
 mod support;
+mod workload;

@@ -10,9 +10,9 @@ use crate::{
     support::*,
 };
 
-/// 10,000 unanswered requests: this process does not grow, and the broker holds nothing of them.
+/// 100,000 unanswered requests: this process does not grow, and the broker holds nothing of them.
 pub async fn r5_unanswered_requests_leave_nothing_behind(cx: &Cx) -> CheckResult {
-    const REQUESTS: usize = 10_000;
+    const REQUESTS: usize = 100_000;
     const WARM_UP: usize = 2_000;
     const GROWTH: u64 = 16 << 20;
     let handles = handles(cx, 2).await?;
