@@ -87,6 +87,7 @@ macro_rules! for_each_saboteur {
             cut_short_by_a_kill_is_ok: faults::CutShortIsOk => f2_kills_amid_bursts_lose_nothing;
             waits_for_the_paused: faults::WaitsForTheBroker => f3_a_paused_broker_ends_no_call_late;
             cut_short_by_a_reset_is_ok: faults::CutShortIsOk => f4_resets_and_cuts_lose_nothing;
+            resends_under_a_new_id: faults::ResendsUnderANewId => f4_resets_and_cuts_lose_nothing;
             never_comes_back_from_a_hole: faults::NeverComesBack => f4_a_black_hole_is_noticed;
             takes_slow_for_dead: faults::TakesSlowForDead => f4_a_slow_link_is_only_slow;
             ack_over_a_cut_is_ok: leases::AckIsAlwaysOk => f4_cut_behind_every_frame_in_turn;

@@ -1,6 +1,6 @@
 //! What the tests of every backend share: one named test for each check.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
 use wilco_conformance::{
     check::{CheckError, Options},
@@ -27,7 +27,7 @@ pub(crate) async fn run(name: &str, harness: &dyn Harness, not_run: &[&str]) {
         return run_alone(name, harness.name()).await;
     }
     let check = registry::find(name).expect("the list and the registry are one");
-    let outcome = check.run_on(harness, &options(Some(PROGRAM.into()))).await;
+    let outcome = check.run_on(harness, &options(harness.name())).await;
     match outcome.result {
         Ok(evidence) => {
             assert!(
@@ -69,12 +69,14 @@ async fn run_alone(name: &str, broker: &str) {
 
 /// As a run by hand, with fewer and shorter faults unless `WILCO_FAULTS=all` asks for what the laws
 /// say; what was done is printed.
-fn options(agent: Option<PathBuf>) -> Options {
-    let options = Options::new(SEED, agent);
+fn options(broker: &str) -> Options {
+    let options = Options::new(SEED, Some(PROGRAM.into()));
     if std::env::var("WILCO_FAULTS").is_ok_and(|faults| faults == "all") {
         return options;
     }
     Options {
+        // A start of RabbitMQ takes seven seconds, one of the others a moment.
+        kills: if broker == "rabbitmq" { 5 } else { 50 },
         outage: Duration::from_secs(8),
         ..options
     }

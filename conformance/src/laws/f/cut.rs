@@ -77,7 +77,7 @@ async fn round(
         direct,
         toward,
         After::Frames(frame),
-        frame % 2 == 0,
+        frame.is_multiple_of(2),
         &tag,
     )
     .await;
