@@ -60,10 +60,8 @@ impl Check {
     /// Runs the check on a fresh broker of this harness.
     pub async fn run_on(&self, harness: &dyn Harness, options: &Options) -> Outcome {
         let started = Instant::now();
-        let mut version = None;
         let mut result = match harness.start(self.usage()).await {
             Ok(server) => {
-                version = Some(server.facts().version);
                 let cx = Cx {
                     server,
                     options: options.clone(),
@@ -90,7 +88,6 @@ impl Check {
             check: self.name,
             law: self.law,
             backend: harness.name(),
-            version,
             seed: options.seed,
             elapsed: started.elapsed(),
             result,
@@ -293,8 +290,6 @@ pub struct Outcome {
     pub law: &'static str,
     /// The backend.
     pub backend: &'static str,
-    /// The broker's own name and version, if it started.
-    pub version: Option<String>,
     /// The seed.
     pub seed: u64,
     /// How long it took.

@@ -1,10 +1,6 @@
 //! What came of a run: for a reader on a terminal, and as JSON for programs.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-    time::Duration,
-};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use serde::Serialize;
 
@@ -22,8 +18,6 @@ pub struct Line {
     pub law: &'static str,
     /// The backend.
     pub backend: &'static str,
-    /// The broker's own name and version, if it started.
-    pub version: Option<String>,
     /// The seed.
     pub seed: u64,
     /// How long it took, in milliseconds.
@@ -65,7 +59,6 @@ impl From<Outcome> for Line {
             check: outcome.check,
             law: outcome.law,
             backend: outcome.backend,
-            version: outcome.version,
             seed: outcome.seed,
             ms: u64::try_from(outcome.elapsed.as_millis()).unwrap_or(u64::MAX),
             result,
@@ -174,14 +167,6 @@ impl fmt::Display for Report {
             }
             writeln!(f)?;
         }
-        let versions: BTreeSet<_> = self
-            .lines
-            .iter()
-            .filter_map(|line| Some((line.backend, line.version.as_deref()?)))
-            .collect();
-        for (backend, version) in versions {
-            writeln!(f, "{backend} was {version}")?;
-        }
         let mut reasons: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
         for line in &self.lines {
             if let LineResult::NotRun { reason } = &line.result {
@@ -246,7 +231,6 @@ mod tests {
             check: "q1_x",
             law: "Q1",
             backend: "b",
-            version: None,
             seed: 1,
             ms: 1,
             result,

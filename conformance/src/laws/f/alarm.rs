@@ -21,7 +21,7 @@ pub async fn f9_an_alarm_refuses_and_loses_nothing(cx: &Cx) -> CheckResult {
     let control = cx.connect().await?;
     let broker = cx.connect().await?;
     let name = queue(&*broker, "f9").await?;
-    let history = Arc::new(History::new(cx.options.seed));
+    let history = super::history(cx);
     for n in 0..MESSAGES {
         note_publish(&*broker, &name, &format!("before-{n}"), long(), &history).await?;
     }

@@ -117,7 +117,7 @@ pub async fn f5_everybody_comes_back_after_an_outage(cx: &Cx) -> CheckResult {
         crew.office.history.note(Event::Up);
     }
     let mut evidence = Evidence::default();
-    for (crew, faults) in [(busy, 1), (idle, 0)] {
+    for (crew, faults) in [(idle, 0), (busy, 1)] {
         let (name, history) = (crew.office.name.clone(), Arc::clone(&crew.office.history));
         crew.dismiss().await?;
         finish(cx, &*control, &name, &history).await?;

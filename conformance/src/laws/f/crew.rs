@@ -72,7 +72,7 @@ impl Crew {
             broker: host,
             name,
             lane,
-            history: Arc::new(History::new(cx.options.seed)),
+            history: super::history(cx),
         };
         Ok(Self {
             office,

@@ -104,7 +104,7 @@ async fn pass(
     const MESSAGES: usize = 3;
     let (faults, proxy) = proxy(cx).await?;
     let (host, guest) = (via(faults, &proxy).await?, via(faults, &proxy).await?);
-    let history = Arc::new(History::new(cx.options.seed));
+    let history = super::history(cx);
     let (lane, name) = (self::guest(tag)?, self::guest(tag)?.queue());
     let (bound, nothing) = (back(cx), |_: &wilco::Error| false);
     proxy.cut(toward, after, all);

@@ -65,7 +65,7 @@ pub async fn f2_kills_amid_bursts_lose_nothing(cx: &Cx) -> CheckResult {
     const PUBLISHERS: usize = 4;
     let faults = killable(cx).await?;
     let kills = cx.options.kills.clamp(1, 5);
-    let history = Arc::new(History::new(cx.options.seed));
+    let history = super::history(cx);
     let mut rng = cx.rng();
     let control = cx.connect().await?;
     let here = limited(&*control, "f2-here", 10_000).await?;

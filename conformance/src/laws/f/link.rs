@@ -30,7 +30,7 @@ pub async fn f4_resets_and_cuts_lose_nothing(cx: &Cx) -> CheckResult {
     const PUBLISHERS: usize = 3;
     let (faults, proxy) = proxy(cx).await?;
     let mut rng = cx.rng();
-    let history = Arc::new(History::new(cx.options.seed));
+    let history = super::history(cx);
     let control = cx.connect().await?;
     let name = limited(&*control, "f4-resets", 10_000).await?;
     let over = Arc::new(AtomicBool::new(false));
@@ -201,7 +201,7 @@ pub async fn f4_a_slow_link_is_only_slow(cx: &Cx) -> CheckResult {
     proxy.bandwidth(Some(RATE));
     let lane = self::guest("f4-slow")?;
     let name = queue(&*host, "f4-slow").await?;
-    let history = Arc::new(History::new(cx.options.seed));
+    let history = super::history(cx);
     // As long on its way as the link makes it.
     let body = vec![b'x'; RATE as usize];
     let large = Message::new("check", body.clone())?.with_id(MessageId::new("large")?);

@@ -58,6 +58,11 @@ async fn killable(cx: &Cx) -> Result<&dyn Faults, CheckError> {
     Err(Unavailable::because(because).into())
 }
 
+/// The history of a check.
+fn history(cx: &Cx) -> Arc<History> {
+    Arc::new(History::new(cx.options.seed))
+}
+
 /// A proxy in front of the broker.
 async fn proxy(cx: &Cx) -> Result<(&dyn Faults, Proxy), CheckError> {
     let faults = cx.server.faults()?;

@@ -25,6 +25,7 @@ pub async fn f8_a_shutdown_burns_no_count(cx: &Cx) -> CheckResult {
     let control = cx.connect().await?;
     let name = limited(&*control, "f8", LIMIT).await?;
     let other = queue(&*control, "f8-other").await?;
+    let mut rng = cx.rng();
     let mut left = BTreeSet::new();
     for n in 0..ROUNDS * 2 {
         put(&*control, &name, format!("m{n:02}")).await?;
@@ -49,6 +50,8 @@ pub async fn f8_a_shutdown_burns_no_count(cx: &Cx) -> CheckResult {
             .collect();
         delivery.ack(long()).await?;
         left.remove(&id);
+        // Some have their answers by then, some are on their way, some have not begun.
+        tokio::time::sleep(Duration::from_micros(rng.u64(0..8_000))).await;
         // In turn the consumer first, and the handle with everything on it.
         if round % 2 == 0 {
             consumer.close(long()).await?;
