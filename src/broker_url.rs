@@ -28,6 +28,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// | `sqlite` | `sync` | `full` (the default): synced to disk before Ok, survives a power cut. `normal`, `off`: survives a kill of the process alone |
 /// | `amqps`, `tls`, `rediss` | `ca` | a PEM file: trust these authorities and no others |
 /// | | `cert`, `key` | PEM files: a client's certificate and its key |
+/// | `redis`, `rediss` | `lease` | `3s` (the default), 1 s to 60 s: how long a consumer or a lane is kept for one that gives no sign of life, and how long a connection may give none |
 #[derive(Clone)]
 pub struct BrokerUrl {
     url: Url,
