@@ -2,9 +2,11 @@
 
 mod embedded;
 mod handles;
+mod nats;
 mod reference;
 
 pub use embedded::{Memory, Sqlite};
+pub use nats::Nats;
 pub use reference::Reference;
 
 use crate::harness::Harness;
@@ -12,7 +14,7 @@ use crate::harness::Harness;
 /// Every harness.
 #[must_use]
 pub fn all() -> Vec<Box<dyn Harness>> {
-    vec![Box::new(Sqlite), Box::new(Memory), Box::new(Reference)]
+    vec![Box::new(Sqlite), Box::new(Memory), Box::new(Nats), Box::new(Reference)]
 }
 
 /// The harness of this name.
