@@ -2,10 +2,12 @@
 
 mod embedded;
 mod handles;
+mod nats;
 mod redis;
 mod reference;
 
 pub use embedded::{Memory, Sqlite};
+pub use nats::Nats;
 pub use redis::Redis;
 pub use reference::Reference;
 
@@ -17,6 +19,7 @@ pub fn all() -> Vec<Box<dyn Harness>> {
     vec![
         Box::new(Sqlite),
         Box::new(Memory),
+        Box::new(Nats),
         Box::new(Redis),
         Box::new(Reference),
     ]
