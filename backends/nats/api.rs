@@ -276,6 +276,11 @@ impl Stream {
         Ok(spec)
     }
 
+    /// The first message that is stored, of whatever kind.
+    pub(super) fn first(&self) -> u64 {
+        self.0["state"]["first_seq"].as_u64().unwrap_or(0)
+    }
+
     /// Messages that are not dead, and dead ones.
     pub(super) fn counts(&self, names: &Names) -> (u64, u64) {
         let state = &self.0["state"];

@@ -7,18 +7,19 @@
 //!
 //! One that died is fenced before the next begins: the server's consumer through which it received is
 //! deleted by its name, and with it every acknowledgement of the dead one goes nowhere (law C4). What it
-//! had delivered is kept in the notes. One that left in order leaves that consumer to the next, with the
-//! deliveries that are still in hand and the delays that still run (laws C5, C6).
+//! had received is kept in the notes. One that leaves in order deletes it itself, and with it all goes back
+//! at once; unless deliveries are still in hand, which keep their leases, and the next one shares it (C5).
 
-use std::{num::NonZeroU32, sync::Arc, time::Duration};
+use std::time::Duration;
 
+use async_nats::Subscriber;
 use bytes::Bytes;
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::{
     api::{NOT_UNIQUE, Refusal},
-    connection::{Link, Unanswered},
+    connection::{Link, Unanswered, gone},
     names::Names,
     notes::{Notes, now_ms},
 };
@@ -47,21 +48,22 @@ pub(super) fn lock_name(token: &str) -> String {
 /// What was attached.
 pub(super) struct Attached {
     pub(super) notes: Notes,
+    /// Where it is asked what it holds.
+    pub(super) asked: Subscriber,
     /// The server's consumer.
     pub(super) consumer: String,
-    pub(super) delivery_limit: NonZeroU32,
 }
 
-/// Attaches under this token, whose holder listens already.
+/// Attaches under this token, whose holder listens already; `first` is the first message that is stored.
 pub(super) async fn attach(
-    link: &Arc<Link>,
+    link: &Link,
     names: &Names,
     token: &str,
-    delivery_limit: NonZeroU32,
+    first: u64,
     deadline: Deadline,
 ) -> Result<Attached> {
     lock(link, names, token, deadline).await?;
-    let attached = settle_in(link, names, token, delivery_limit, deadline).await;
+    let attached = settle_in(link, names, token, first, deadline).await;
     if attached.is_err() {
         // Not past the deadline of the caller, whose answer this is; whoever comes next finds it dead.
         let _ = link.drop_consumer(names, &lock_name(token), deadline).await;
@@ -154,10 +156,14 @@ async fn settle_in(
     link: &Link,
     names: &Names,
     token: &str,
-    delivery_limit: NonZeroU32,
+    first: u64,
     deadline: Deadline,
 ) -> Result<Attached> {
+    // Before any question of ours that the server answers, so that it knows of it when this is Ok.
+    let asked = deadline.bound(link.client.subscribe(names.held())).await?.map_err(gone)?;
     let mut notes = Notes::read(link, names, deadline).await?;
+    notes.floors.retain(|floor| *floor >= first);
+    notes.marks.retain(|sequence, _| *sequence >= first);
     let left_in_order = notes.holder.is_none();
     let consumer = match notes.consumer.take().filter(|_| left_in_order) {
         Some(consumer) => consumer,
@@ -178,10 +184,18 @@ async fn settle_in(
     for (name, _) in &dead {
         link.drop_consumer(names, name, deadline).await?;
     }
-    make(link, names, &consumer, &names.input(), deadline)
-        .await?
-        .map_err(Refusal::into_error)?;
-    Ok(Attached { notes, consumer, delivery_limit })
+    loop {
+        match make(link, names, &consumer, &names.input(), deadline).await? {
+            Ok(()) => return Ok(Attached { notes, asked, consumer }),
+            Err(refusal) if NOT_UNIQUE.contains(&refusal.code) => {
+                // One that left in order did not live to take its own away.
+                for (name, _) in self::dead(link, names, deadline).await? {
+                    link.drop_consumer(names, &name, deadline).await?;
+                }
+            }
+            Err(refusal) => return Err(refusal.into_error()),
+        }
+    }
 }
 
 /// Those through which the dead one received, and how far each had delivered.
@@ -203,11 +217,10 @@ fn take_over(notes: &mut Notes, delivered: u64) {
     notes.floors.push(delivered);
     let now = now_ms();
     for (sequence, mark) in &mut notes.marks {
-        let floors = notes.floors.iter().filter(|floor| *floor >= sequence).count() as i64;
-        // What still waits for its delay was not delivered since it was noted; of the others only the dead
-        // one knew, and their count may be one too high.
-        let since = i64::from(mark.due <= now && *sequence <= delivered);
-        mark.correction = i64::from(mark.seen) + since - floors;
+        // What still waits for its delay was not handed out since it was noted, and the floor counts it.
+        if mark.due > now && *sequence <= delivered {
+            mark.seen -= 1;
+        }
     }
 }
 

@@ -190,9 +190,6 @@ impl Link {
                 Ok(Err(_)) => return Err(Unanswered::NotSent(closed())),
                 Err(_) => return Err(late(times, false)),
             };
-            if deadline.has_passed() {
-                return Err(late(times, true));
-            }
             let mut ticket = self.mux.ticket();
             let reply = ticket.subject.clone();
             let sending = async {

@@ -18,7 +18,7 @@ use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep},
 };
 
 use super::{
@@ -29,7 +29,6 @@ use super::{
     form,
     keep,
     names::{Names, token},
-    no_queue,
     notes::{Mark, Notes, now_ms},
     settle::{self, Lease},
 };
@@ -70,6 +69,9 @@ pub(super) struct Hold {
     arrived: Notify,
     /// Leases are void: what they held was given back or belongs to another.
     pub(super) void: AtomicBool,
+    /// Tells the keeper to answer no question any more, and that it does not.
+    pub(super) hush: Notify,
+    deaf: watch::Sender<bool>,
     gone: watch::Sender<bool>,
     scribe: mpsc::Sender<oneshot::Sender<Result<()>>>,
 }
@@ -78,8 +80,8 @@ pub(super) struct Hold {
 pub(super) struct Inner {
     pub(super) phase: Phase,
     pub(super) buffer: VecDeque<Received>,
-    /// Handed out and not settled yet, by sequence: where each is acknowledged.
-    pub(super) held: HashMap<u64, String>,
+    /// Handed out and not settled yet, by sequence.
+    pub(super) held: HashMap<u64, Held>,
     /// Dropped unsettled, still among the held.
     pub(super) loose: Vec<Received>,
     /// When each that waits for its delay is due.
@@ -88,6 +90,8 @@ pub(super) struct Inner {
     floors: Vec<u64>,
     /// When the leases were last kept.
     pub(super) kept: Instant,
+    /// It leaves the server's consumer to those who have deliveries in hand and to the next one.
+    shared: bool,
     pulls: VecDeque<Pull>,
 }
 
@@ -98,6 +102,17 @@ pub(super) enum Phase {
     Leaving(bool),
     Left,
     Ended(ErrorKind),
+}
+
+/// One that was handed out.
+#[derive(Debug)]
+pub(super) struct Held {
+    /// Where it is acknowledged.
+    pub(super) reply: String,
+    /// Somebody has its delivery in hand.
+    pub(super) live: bool,
+    /// It is on its way back to the server, and may come again before the server's word that it arrived.
+    pub(super) returning: bool,
 }
 
 #[derive(Debug)]
@@ -111,6 +126,7 @@ struct Pull {
 #[derive(Debug)]
 pub(super) struct Received {
     pub(super) sequence: u64,
+    /// How often it was handed out, with this time once it is.
     pub(super) attempt: u32,
     pub(super) raw: Raw,
 }
@@ -168,8 +184,8 @@ async fn begin(
     };
     let alive = subscribe(names.hold(&token)).await?;
     let arrivals = subscribe(format!("{inbox}.*")).await?;
-    let attached = attach(&link, &names, &token, limit, deadline).await?;
-    let asked = subscribe(names.held()).await?;
+    let first = stream.first();
+    let attached = attach(&link, &names, &token, first, deadline).await?;
     let (scribe, orders) = mpsc::channel(64);
     let prefetch = usize::try_from(options.prefetch.get()).unwrap_or(usize::MAX);
     let mut notes = attached.notes;
@@ -186,6 +202,7 @@ async fn begin(
         marks: std::mem::take(&mut notes.marks),
         floors: notes.floors.clone(),
         kept: now.0,
+        shared: false,
         pulls: VecDeque::new(),
     };
     let hold = Arc::new(Hold {
@@ -193,18 +210,20 @@ async fn begin(
         token,
         consumer: attached.consumer,
         made,
-        limit: attached.delivery_limit.get(),
+        limit: limit.get(),
         prefetch,
         inner: Mutex::new(inner),
         wake: Notify::new(),
         arrived: Notify::new(),
         void: AtomicBool::new(false),
+        hush: Notify::new(),
+        deaf: watch::Sender::new(false),
         gone: watch::Sender::new(false),
         scribe,
         link,
     });
     hold.link.remember_hold(&hold);
-    tokio::spawn(keep::keep(Arc::clone(&hold), alive, asked));
+    tokio::spawn(keep::keep(Arc::clone(&hold), alive, attached.asked));
     tokio::spawn(write_notes(Arc::downgrade(&hold), notes, orders));
     tokio::spawn(run(Arc::clone(&hold), arrivals, inbox));
     if hold.link.alive().is_err() {
@@ -232,10 +251,11 @@ impl Consumer for Attending {
                     Phase::Leaving(_) | Phase::Left => return Err(closed()),
                     Phase::Ended(kind) => return Err(ended(kind)),
                 }
-                if let Some(received) = inner.buffer.pop_front() {
-                    inner.held.insert(received.sequence, received.reply().to_owned());
+                if let Some(mut received) = inner.buffer.pop_front() {
+                    let attempt = inner.hand_out(&received);
                     drop(inner);
-                    let (message, attempt) = (received.message(), received.attempt);
+                    received.attempt = attempt;
+                    let message = received.message();
                     let lease = Lease::new(Arc::clone(&self.hold), received);
                     return Ok(Delivery::new(message, attempt, Box::new(lease)));
                 }
@@ -253,6 +273,22 @@ impl Consumer for Attending {
 impl Drop for Attending {
     fn drop(&mut self) {
         self.hold.release(false);
+    }
+}
+
+impl Inner {
+    /// How often a message was handed out.
+    fn handed_out(&self, sequence: u64) -> u32 {
+        let noted = self.marks.get(&sequence).map_or(0, |mark| mark.seen);
+        let times = noted + Notes::floors_over(&self.floors, sequence);
+        u32::try_from(times.max(0)).unwrap_or(u32::MAX)
+    }
+
+    fn hand_out(&mut self, received: &Received) -> u32 {
+        self.marks.entry(received.sequence).or_default().seen += 1;
+        let held = Held { reply: received.reply().to_owned(), live: true, returning: false };
+        self.held.insert(received.sequence, held);
+        self.handed_out(received.sequence)
     }
 }
 
@@ -297,8 +333,14 @@ impl Hold {
         drop(inner);
         self.void.store(true, Ordering::Release);
         self.gone.send_replace(true);
+        self.hush.notify_one();
         self.wake.notify_one();
         self.arrived.notify_one();
+    }
+
+    /// Says that no question is answered any more.
+    pub(super) fn be_deaf(&self) {
+        self.deaf.send_replace(true);
     }
 
     pub(super) fn told(&self) -> Told {
@@ -390,6 +432,7 @@ async fn write_notes(
             notes.marks.clone_from(&inner.marks);
             if inner.phase != Phase::Attached {
                 notes.holder = None;
+                notes.consumer = inner.shared.then(|| hold.consumer.clone());
             }
         }
         let written = notes.write(&hold.link, &hold.names, Deadline::after(GOING)).await;
@@ -442,7 +485,7 @@ async fn run(hold: Arc<Hold>, mut arrivals: Subscriber, inbox: String) {
     }
     let leaves = matches!(lock(&hold.inner).phase, Phase::Leaving(_));
     if leaves {
-        leave(&hold, arrivals, &inbox).await;
+        leave(&hold, arrivals).await;
     }
     hold.gone.send_replace(true);
     while !hold.is_over() {
@@ -492,7 +535,7 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
         }
         return;
     }
-    let Some((delivered, sequence)) = raw.reply.as_ref().and_then(|reply| place(reply)) else {
+    let Some(sequence) = raw.reply.as_ref().and_then(|reply| place(reply)) else {
         return;
     };
     let mut received = Received { sequence, attempt: 0, raw };
@@ -504,19 +547,16 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
                 inner.pulls.pop_front();
             }
         }
-        if inner.held.contains_key(&sequence)
-            || inner.buffer.iter().any(|other| other.sequence == sequence)
-        {
+        let ours = inner.held.get(&sequence).is_some_and(|held| !held.returning);
+        if ours || inner.buffer.iter().any(|other| other.sequence == sequence) {
             // Its lease ran out while nobody could keep it, and nobody else has it: the same delivery.
-            inner.marks.entry(sequence).or_default().correction -= 1;
             return;
         }
+        inner.held.remove(&sequence);
         inner.delayed.remove(&sequence);
-        let mark = inner.marks.get(&sequence).copied().unwrap_or_default();
-        let floors = inner.floors.iter().filter(|floor| **floor >= sequence).count() as i64;
-        let attempt = i64::try_from(delivered).unwrap_or(i64::MAX) + mark.correction + floors;
-        received.attempt = u32::try_from(attempt.max(1)).unwrap_or(u32::MAX);
-        (mark.due.saturating_sub(now_ms()), floors > 0)
+        received.attempt = inner.handed_out(sequence);
+        let due = inner.marks.get(&sequence).map_or(0, |mark| mark.due);
+        (due.saturating_sub(now_ms()), Notes::floors_over(&inner.floors, sequence) > 0)
     };
     if rest > 0 {
         // The server forgot the delay.
@@ -531,27 +571,31 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
         let deadline = Deadline::after(hold.link.options.takeover);
         let _ = hold.link.forget(&hold.names, letter, deadline).await;
     }
-    if received.attempt > hold.limit {
-        let mut inner = lock(&hold.inner);
-        inner.held.insert(sequence, received.reply().to_owned());
+    let mut inner = lock(&hold.inner);
+    if received.attempt >= hold.limit {
+        // Given back by one that could not say so any more: it goes to the dead letters.
+        let reply = received.reply().to_owned();
+        inner.held.insert(sequence, Held { reply, live: false, returning: false });
         inner.loose.push(received);
+        drop(inner);
+        hold.wake.notify_one();
         return;
     }
-    lock(&hold.inner).buffer.push_back(received);
+    inner.buffer.push_back(received);
+    drop(inner);
     hold.arrived.notify_one();
 }
 
-/// How often this was delivered, and where it is in the stream, from where it is acknowledged:
+/// Where this is in the stream, from where it is acknowledged:
 /// `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.…`, or since 2.14 also
 /// `$JS.ACK.<domain>.<account>.<stream>.<consumer>.<delivered>.<sequence>.…`.
-fn place(reply: &str) -> Option<(u64, u64)> {
-    let parts: Vec<&str> = reply.split('.').collect();
-    let first = match parts.len() {
-        9 => 4,
-        11.. => 6,
+fn place(reply: &str) -> Option<u64> {
+    let place = match reply.split('.').count() {
+        9 => 5,
+        11.. => 7,
         _ => return None,
     };
-    Some((parts[first].parse().ok()?, parts[first + 1].parse().ok()?))
+    reply.split('.').nth(place)?.parse().ok()
 }
 
 /// Gives back what was dropped unsettled, each in a task of its own.
@@ -564,55 +608,47 @@ fn give_back_loose(hold: &Arc<Hold>) {
 }
 
 /// Gives back what it has and makes way for the next.
-async fn leave(hold: &Arc<Hold>, mut arrivals: Subscriber, inbox: &str) {
+async fn leave(hold: &Arc<Hold>, arrivals: Subscriber) {
     let deadline = Deadline::after(GOING);
-    // What was on its way comes before the end of this.
-    let drained = deadline.bound(arrivals.drain()).await;
-    if matches!(drained, Ok(Ok(()))) {
-        while let Ok(Some(raw)) = timeout(Duration::from_secs(1), arrivals.next()).await {
-            if raw.status.is_none() {
-                receive(hold, raw, inbox).await;
-            }
-        }
-    }
-    drop(arrivals);
-    let (buffer, taken) = {
+    let mut deaf = hold.deaf.subscribe();
+    hold.hush.notify_one();
+    let _ = deadline.bound(deaf.wait_for(|deaf| *deaf)).await;
+    let replies = {
         let mut inner = lock(&hold.inner);
-        let buffer = std::mem::take(&mut inner.buffer);
-        for received in &buffer {
-            // Never handed out, so not counted (laws C9, F8).
-            let mark = inner.marks.entry(received.sequence).or_default();
-            mark.correction -= 1;
-            mark.seen = received.attempt - 1;
-        }
         let all = inner.phase == Phase::Leaving(true);
-        let taken: Vec<_> = if all { inner.held.drain().collect() } else { vec![] };
-        (buffer, taken)
+        inner.shared = !all && inner.held.values().any(|held| held.live);
+        let buffer = std::mem::take(&mut inner.buffer);
+        let replies = buffer.iter().map(|received| received.reply().to_owned());
+        if inner.shared { replies.collect() } else { vec![] }
     };
-    let noted = hold.note(deadline).await;
-    let replies = buffer.iter().map(|received| received.reply().to_owned());
-    let replies = replies.chain(taken.into_iter().map(|(_, reply)| reply));
-    let given = replies.map(|reply| async move {
-        settle::tell(&hold.link, &reply, "-NAK", deadline).await
-    });
-    futures_util::future::join_all(given).await;
-    let lock_gone = match noted {
-        // Left out of order: the next one looks what became of this one.
-        Err(error) => Err(error),
-        Ok(()) => {
-            let name = lock_name(&hold.token);
-            hold.link.drop_consumer(&hold.names, &name, deadline).await
-        }
-    };
-    if let Err(error) = lock_gone
-        && *error.kind() != no_queue().kind().clone()
-    {
+    drop(arrivals);
+    if let Err(error) = go(hold, replies, deadline).await {
+        // The next one finds it dead.
         tracing::debug!(%error, "a consumer went without a word to the server");
     }
     let mut inner = lock(&hold.inner);
+    if !inner.shared {
+        inner.held.clear();
+        inner.loose.clear();
+    }
     if matches!(inner.phase, Phase::Leaving(_)) {
         inner.phase = Phase::Left;
     }
+}
+
+/// Tells the server, step by step: what was handed out how often, then what goes back.
+async fn go(hold: &Arc<Hold>, buffer: Vec<String>, deadline: Deadline) -> Result<()> {
+    hold.note(deadline).await?;
+    if lock(&hold.inner).shared {
+        let given = buffer
+            .iter()
+            .map(|reply| settle::tell(&hold.link, reply, "-NAK", deadline));
+        futures_util::future::join_all(given).await;
+    } else {
+        // All that it had in its hands or on its way goes back with it, at once.
+        hold.link.drop_consumer(&hold.names, &hold.consumer, deadline).await?;
+    }
+    hold.link.drop_consumer(&hold.names, &lock_name(&hold.token), deadline).await
 }
 
 #[cfg(test)]
@@ -621,9 +657,9 @@ mod tests {
 
     #[test]
     fn both_forms_of_an_ack_subject_are_read() {
-        assert_eq!(place("$JS.ACK.s.c.2.7.9.1700000000.0"), Some((2, 7)));
-        assert_eq!(place("$JS.ACK._.hash.s.c.2.7.9.1700000000.0"), Some((2, 7)));
-        assert_eq!(place("$JS.ACK._.hash.s.c.2.7.9.1700000000.0.x"), Some((2, 7)));
+        assert_eq!(place("$JS.ACK.s.c.2.7.9.1700000000.0"), Some(7));
+        assert_eq!(place("$JS.ACK._.hash.s.c.2.7.9.1700000000.0"), Some(7));
+        assert_eq!(place("$JS.ACK._.hash.s.c.2.7.9.1700000000.0.x"), Some(7));
         assert_eq!(place("$JS.ACK.s.c.2"), None);
         assert_eq!(place("_INBOX.x"), None);
     }

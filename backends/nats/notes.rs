@@ -1,5 +1,6 @@
-//! What the server does not keep of a queue's deliveries: who consumes, what waits for its delay, and
-//! how the server's delivery counts are to be corrected.
+//! What the server does not keep of a queue's deliveries: who consumes, what waits for its delay, and how
+//! often each was handed out. The server's own count is of what it sent, and much of that waits in a
+//! consumer's buffer and goes back uncounted (laws C9, F8).
 //!
 //! The notes are one small message in the queue's own stream, written by the attached consumer alone,
 //! alternately to two subjects so that one whole copy is always there, whatever the queue's limit. The
@@ -35,8 +36,8 @@ pub(super) struct Notes {
     pub(super) holder: Option<String>,
     /// The server's consumer through which messages are delivered.
     pub(super) consumer: Option<String>,
-    /// For each consumer of the server's that died with its holder: the last message that it delivered.
-    /// Every message up to there was delivered once more than the server knows.
+    /// For each consumer that died: the last message that the server had sent it. Every one up to there
+    /// counts as handed out once more than was noted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) floors: Vec<u64>,
     /// By stream sequence.
@@ -52,12 +53,9 @@ pub(super) struct Notes {
 /// What is to be known of one message.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Mark {
-    /// To be added to the server's count.
+    /// How often it was handed out, the floors apart: less than none where a floor counts too much.
     #[serde(default)]
-    pub(super) correction: i64,
-    /// How often it had been delivered when this was noted.
-    #[serde(default)]
-    pub(super) seen: u32,
+    pub(super) seen: i64,
     /// Not before this moment, in milliseconds since 1970.
     #[serde(default)]
     pub(super) due: u64,
@@ -89,6 +87,12 @@ impl Notes {
 
     fn age(&self) -> (u64, u64) {
         (self.term, self.version)
+    }
+
+    /// How many floors count a message.
+    pub(super) fn floors_over(floors: &[u64], sequence: u64) -> i64 {
+        let over = floors.iter().filter(|floor| **floor >= sequence).count();
+        i64::try_from(over).unwrap_or(i64::MAX)
     }
 
     /// How many messages wait for their delay.

@@ -44,6 +44,9 @@ pub(super) async fn publish(
     // Bounds what a server has to take in at once; it drops what is too much.
     let room = deadline.bound(link.publishes.acquire()).await.map_err(not_stored)?;
     let _room = room.map_err(|_| not_stored(super::closed()))?;
+    if deadline.has_passed() {
+        return Err(not_stored(Error::new(ErrorKind::DeadlineExceeded, "the deadline passed first")));
+    }
     // Once a copy was sent that had no answer, no later answer says what became of it (law P4).
     let mut outcome = Outcome::NotStored;
     loop {

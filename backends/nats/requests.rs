@@ -21,14 +21,14 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 use tokio::{
     sync::{Notify, oneshot, watch},
-    time::{Instant, interval},
+    time::{Instant, interval, sleep},
 };
 
 use super::{
     api::{Refusal, WRONG_LAST_SEQUENCE, json_of},
     attach::is_gone,
     closed,
-    connection::{Link, Unanswered, gone, lock, unreachable},
+    connection::{Answer, Link, Unanswered, gone, lock, unreachable},
     names::{LANES, Names, token},
 };
 use crate::{
@@ -45,8 +45,18 @@ const NOBODY: &str = "Wilco-Nobody";
 const CLAIM: Duration = Duration::from_secs(60);
 const RENEW: Duration = Duration::from_secs(15);
 
-/// How long a lane that was left says so to those whose question was on its way.
-const LINGER: Duration = Duration::from_secs(1);
+/// How long a lane that was left says so to those whose question was on its way. The claim stands until
+/// then, so that it is said of nobody else.
+const LINGER: Duration = Duration::from_millis(150);
+
+/// How long letting a claim go may take.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// After so long without an answer the server is asked whether anybody listens still.
+const DOUBT: Duration = Duration::from_millis(500);
+
+/// Set on a question that the lane answers by itself, without its responder.
+const PROBE: &str = "Wilco-Probe";
 
 /// What a responder that does not look has waiting at the most: the oldest go, whose askers gave up first.
 const MAX_WAITING: usize = 4_096;
@@ -71,15 +81,14 @@ pub(super) async fn request(
         return Err(too_large(body.len()));
     }
     let subject = Names::of(queue).ping();
-    match link.call(&subject, None, &body, true, deadline).await {
-        Ok(answer) if answer.nobody() => Err(no_consumer()),
-        Ok(answer) => {
-            let nobody = answer.message.headers.as_ref().and_then(|map| map.get(NOBODY));
-            match nobody {
-                Some(_) => Err(no_consumer()),
-                None => Ok(answer.message.payload),
-            }
-        }
+    let answer = tokio::select! {
+        biased;
+        answer = link.call(&subject, None, &body, true, deadline) => answer,
+        () = abandoned(link, &subject, deadline) => return Err(no_consumer()),
+    };
+    match answer {
+        Ok(answer) if is_nobody(&answer) => Err(no_consumer()),
+        Ok(answer) => Ok(answer.message.payload),
         Err(Unanswered::Unknown(error))
             if *error.kind() == ErrorKind::DeadlineExceeded && link.is_connected() =>
         {
@@ -90,6 +99,24 @@ pub(super) async fn request(
         }
         Err(error) => Err(error.into_error()),
     }
+}
+
+/// Ends when nobody listens to the lane any more: whoever was asked is gone, and will not answer (R3).
+async fn abandoned(link: &Link, subject: &str, deadline: Deadline) {
+    let mut headers = HeaderMap::new();
+    headers.insert(PROBE, "1");
+    loop {
+        sleep(DOUBT).await;
+        let answer = link.call(subject, Some(&headers), &Bytes::new(), true, deadline).await;
+        if answer.is_ok_and(|answer| is_nobody(&answer)) {
+            return;
+        }
+    }
+}
+
+fn is_nobody(answer: &Answer) -> bool {
+    let said = answer.message.headers.as_ref().and_then(|map| map.get(NOBODY));
+    answer.nobody() || said.is_some()
 }
 
 fn no_consumer() -> Error {
@@ -271,7 +298,7 @@ async fn make_stream(link: &Link, deadline: Deadline) -> Result<()> {
 async fn unclaim(link: &Link, claim: u64) {
     let body = json!({ "seq": claim, "no_erase": true });
     let verb = format!("STREAM.MSG.DELETE.{LANES}");
-    if let Err(error) = link.api(&verb, &body, Deadline::after(LINGER)).await {
+    if let Err(error) = link.api(&verb, &body, Deadline::after(PATIENCE)).await {
         tracing::debug!(%error, "a lane's claim is left to time");
     }
 }
@@ -284,7 +311,15 @@ async fn listen(lane: Arc<Lane>, mut alive: Subscriber, mut questions: Subscribe
     renew.reset();
     while !lane.left.load(Ordering::Acquire) {
         tokio::select! {
-            Some(question) = questions.next() => lane.take_in(question),
+            Some(question) = questions.next() => {
+                let is_probe =
+                    question.headers.as_ref().is_some_and(|map| map.get(PROBE).is_some());
+                if !is_probe {
+                    lane.take_in(question);
+                } else if let Some(reply) = question.reply {
+                    let _ = lane.link.client.publish(reply, Bytes::new()).await;
+                }
+            }
             Some(question) = alive.next() => {
                 if let Some(reply) = question.reply {
                     let _ = lane.link.client.publish(reply, Bytes::new()).await;
@@ -302,10 +337,6 @@ async fn listen(lane: Arc<Lane>, mut alive: Subscriber, mut questions: Subscribe
             () = lane.leave.notified() => {}
         }
     }
-    drop(alive);
-    let claim = *lock(&lane.claim);
-    unclaim(&lane.link, claim).await;
-    lane.over.send_replace(true);
     // Whoever asked while the server did not know yet is told so (law R2).
     let waiting = std::mem::take(&mut *lock(&lane.waiting)).questions;
     for question in waiting {
@@ -315,6 +346,10 @@ async fn listen(lane: Arc<Lane>, mut alive: Subscriber, mut questions: Subscribe
     while let Ok(Some(question)) = tokio::time::timeout_at(until, questions.next()).await {
         tell_nobody(&lane.link, question).await;
     }
+    drop((questions, alive));
+    let claim = *lock(&lane.claim);
+    unclaim(&lane.link, claim).await;
+    lane.over.send_replace(true);
 }
 
 async fn tell_nobody(link: &Link, question: Raw) {
@@ -368,7 +403,7 @@ impl Lane {
     pub(super) async fn detach(&self, deadline: Deadline) {
         self.leave();
         let mut over = self.over.subscribe();
-        let _ = deadline.or_after(LINGER).bound(over.wait_for(|over| *over)).await;
+        let _ = deadline.or_after(PATIENCE).bound(over.wait_for(|over| *over)).await;
     }
 }
 

@@ -54,7 +54,8 @@ impl Drop for Lease {
         if let Some(received) = self.received.take() {
             let mut inner = lock(&self.hold.inner);
             // Not held any more: it was settled, or given back with its consumer.
-            if inner.held.contains_key(&received.sequence) {
+            if let Some(held) = inner.held.get_mut(&received.sequence) {
+                held.live = false;
                 inner.loose.push(received);
             }
             drop(inner);
@@ -105,6 +106,23 @@ fn lost() -> Error {
 }
 
 impl Hold {
+    /// A message goes back to the server, or does not after all.
+    fn returning(&self, sequence: u64, whether: bool) {
+        if let Some(held) = lock(&self.inner).held.get_mut(&sequence) {
+            held.returning = whether;
+        }
+    }
+
+    /// It is back, unless it came again already.
+    fn returned(&self, sequence: u64) {
+        let mut inner = lock(&self.inner);
+        if inner.held.get(&sequence).is_some_and(|held| held.returning) {
+            inner.held.remove(&sequence);
+        }
+        drop(inner);
+        self.wake.notify_one();
+    }
+
     /// Fails where another may have what this one held (law C4).
     fn may_settle(&self) -> Result<()> {
         if self.void.load(Ordering::Acquire) {
@@ -180,7 +198,6 @@ async fn retry(hold: &Arc<Hold>, received: &Received, delay: Duration, deadline:
         {
             let mut inner = lock(&hold.inner);
             let mark = inner.marks.entry(received.sequence).or_default();
-            mark.seen = received.attempt;
             mark.due = now_ms().saturating_add(millis);
         }
         // Noted before it goes back, so that no crash shortens the delay (law C6).
@@ -196,18 +213,18 @@ async fn retry(hold: &Arc<Hold>, received: &Received, delay: Duration, deadline:
     if nanos > 0 {
         lock(&hold.inner).delayed.insert(received.sequence, due);
     }
+    hold.returning(received.sequence, true);
     let told = confirm(hold, received.reply(), &what, deadline).await;
-    let mut inner = lock(&hold.inner);
-    if told.is_err() {
+    if told.is_ok() {
+        hold.returned(received.sequence);
+    } else {
+        hold.returning(received.sequence, false);
+        let mut inner = lock(&hold.inner);
         inner.delayed.remove(&received.sequence);
         if let Some(mark) = inner.marks.get_mut(&received.sequence) {
             mark.due = 0;
         }
-    } else {
-        inner.held.remove(&received.sequence);
     }
-    drop(inner);
-    hold.wake.notify_one();
     told
 }
 
@@ -251,25 +268,20 @@ pub(super) async fn give_back(hold: &Arc<Hold>, received: &Received) {
     let given = if received.attempt >= hold.limit {
         bury(hold, received, &over(hold.limit), deadline).await
     } else {
+        hold.returning(received.sequence, true);
         confirm(hold, received.reply(), "-NAK", deadline).await
     };
     if let Err(error) = given {
-        // Its lease runs out by itself.
+        // Its lease runs out by itself, since nobody keeps what is on its way back.
         tracing::debug!(%error, "a delivery was not given back");
+        hold.returning(received.sequence, true);
     }
-    let mut inner = lock(&hold.inner);
-    inner.held.remove(&received.sequence);
-    drop(inner);
-    hold.wake.notify_one();
+    hold.returned(received.sequence);
 }
 
 /// Sends one back that came before its time, uncounted.
 pub(super) async fn put_off(hold: &Arc<Hold>, received: &Received, rest: Duration) {
-    {
-        let mut inner = lock(&hold.inner);
-        inner.marks.entry(received.sequence).or_default().correction -= 1;
-        inner.delayed.insert(received.sequence, Instant::now() + rest);
-    }
+    lock(&hold.inner).delayed.insert(received.sequence, Instant::now() + rest);
     let what = format!("-NAK {{\"delay\":{}}}", rest.as_nanos());
     let deadline = Deadline::after(hold.link.options.takeover);
     if let Err(error) = confirm(hold, received.reply(), &what, deadline).await {

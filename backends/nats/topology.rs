@@ -40,7 +40,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 const ABANDONED: Duration = Duration::from_secs(30);
 
 /// How long a status waits for a consumer that is attached and says nothing.
-const SILENCE: Duration = Duration::from_millis(500);
+const SILENCE: Duration = Duration::from_millis(250);
+const QUESTIONS: u32 = 3;
 
 /// The configuration of a queue's stream.
 fn config(names: &Names, description: &Description, replicas: u64) -> Value {
@@ -212,16 +213,22 @@ pub(super) async fn status(
 
 /// What the attached consumer says that it holds; `None`: there is none.
 async fn ask(link: &Link, names: &Names, deadline: Deadline) -> Result<Option<Told>> {
-    let patience = deadline.or_after(SILENCE);
-    let answer = link.call(&names.held(), None, &Bytes::new(), true, patience).await;
-    match answer {
-        Ok(answer) if answer.nobody() => Ok(None),
-        Ok(answer) => Ok(serde_json::from_slice(&answer.message.payload).ok()),
-        // Attached, for all that the server knows, and silent.
-        Err(Unanswered::Unknown(_)) if !deadline.has_passed() && link.is_connected() => {
-            Ok(Some(Told { attached: true, ..Told::default() }))
+    let mut left = QUESTIONS;
+    loop {
+        let patience = deadline.or_after(SILENCE);
+        let answer = link.call(&names.held(), None, &Bytes::new(), true, patience).await;
+        left -= 1;
+        match answer {
+            Ok(answer) if answer.nobody() => return Ok(None),
+            Ok(answer) => return Ok(serde_json::from_slice(&answer.message.payload).ok()),
+            // The question may have come as it went: asked again.
+            Err(Unanswered::Unknown(_)) if !deadline.has_passed() && left > 0 => {}
+            // Attached, for all that the server knows, and silent.
+            Err(Unanswered::Unknown(_)) if !deadline.has_passed() && link.is_connected() => {
+                return Ok(Some(Told { attached: true, ..Told::default() }));
+            }
+            Err(error) => return Err(error.into_error()),
         }
-        Err(error) => Err(error.into_error()),
     }
 }
 
