@@ -2,9 +2,11 @@
 
 mod embedded;
 mod handles;
+mod rabbitmq;
 mod reference;
 
 pub use embedded::{Memory, Sqlite};
+pub use rabbitmq::RabbitMq;
 pub use reference::Reference;
 
 use crate::harness::Harness;
@@ -12,7 +14,12 @@ use crate::harness::Harness;
 /// Every harness.
 #[must_use]
 pub fn all() -> Vec<Box<dyn Harness>> {
-    vec![Box::new(Sqlite), Box::new(Memory), Box::new(Reference)]
+    vec![
+        Box::new(Sqlite),
+        Box::new(Memory),
+        Box::new(RabbitMq),
+        Box::new(Reference),
+    ]
 }
 
 /// The harness of this name.
