@@ -219,19 +219,19 @@ async fn supervise(
     }
 }
 
-/// Waits for the connection to break, and says why.
+/// Waits for the connection to break, and says why. A channel's errors are told here too, and end
+/// nothing but their channel.
 async fn death(connection: &Connection) -> String {
     let mut events = std::pin::pin!(connection.events_listener());
-    loop {
-        if !connection.status().connected() {
-            return "it was closed".into();
-        }
+    let mut why = "it was closed".to_owned();
+    while connection.status().connected() {
         match tokio::time::timeout(LOOK, events.next()).await {
-            Ok(Some(lapin::Event::Error(error))) => return super::fault::text(&error),
+            Ok(Some(lapin::Event::Error(error))) => why = super::fault::text(&error),
             Ok(Some(_)) | Err(_) => {}
-            Ok(None) => return "it ended".into(),
+            Ok(None) => break,
         }
     }
+    why
 }
 
 async fn connect(
