@@ -2,10 +2,14 @@
 
 mod embedded;
 mod handles;
+mod nats;
+mod rabbitmq;
 mod redis;
 mod reference;
 
 pub use embedded::{Memory, Sqlite};
+pub use nats::Nats;
+pub use rabbitmq::RabbitMq;
 pub use redis::Redis;
 pub use reference::Reference;
 
@@ -17,6 +21,8 @@ pub fn all() -> Vec<Box<dyn Harness>> {
     vec![
         Box::new(Sqlite),
         Box::new(Memory),
+        Box::new(Nats),
+        Box::new(RabbitMq),
         Box::new(Redis),
         Box::new(Reference),
     ]

@@ -195,6 +195,18 @@ impl Faults for RedisServer {
     fn url_via(&self, proxy: SocketAddr) -> String {
         format!("redis://{proxy}/0")
     }
+
+    async fn alarm(&self, on: bool) -> Result<(), Unavailable> {
+        let most = if on { "1" } else { "0" };
+        let set = async {
+            let mut raw = Raw::connect(self.process.address()).await?;
+            raw.ask(&["CONFIG", "SET", "maxmemory", most]).await
+        };
+        match set.await {
+            Ok(answer) if answer == ["OK"] => Ok(()),
+            other => Err(Unavailable::because(format!("maxmemory is not set: {other:?}"))),
+        }
+    }
 }
 
 /// The server's protocol, as little of it as looking needs: no part of the backend under test.
