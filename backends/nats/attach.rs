@@ -184,6 +184,9 @@ async fn settle_in(
     for (name, _) in &dead {
         link.drop_consumer(names, name, deadline).await?;
     }
+    if !dead.is_empty() {
+        nudge(link, names).await;
+    }
     loop {
         match make(link, names, &consumer, &names.input(), deadline).await? {
             Ok(()) => return Ok(Attached { notes, asked, consumer }),
@@ -222,6 +225,12 @@ fn take_over(notes: &mut Notes, delivered: u64) {
             mark.seen -= 1;
         }
     }
+}
+
+/// Tells whoever believes to be attached to look again.
+pub(super) async fn nudge(link: &Link, names: &Names) {
+    // One that does not hear it finds out at its next pull.
+    let _ = link.client.publish(names.held(), Bytes::new()).await;
 }
 
 /// Whether the server still has this consumer.

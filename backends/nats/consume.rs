@@ -92,6 +92,8 @@ pub(super) struct Inner {
     pub(super) kept: Instant,
     /// It leaves the server's consumer to those who have deliveries in hand and to the next one.
     shared: bool,
+    /// Something says that the server's consumer is gone.
+    suspicious: bool,
     pulls: VecDeque<Pull>,
 }
 
@@ -144,9 +146,22 @@ impl Received {
 /// What a consumer says of itself when it is asked.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Told {
+    /// Which making of the queue it is attached to; empty: it said nothing.
+    made: String,
     pub(super) attached: bool,
     pub(super) in_flight: u64,
     pub(super) delayed: u64,
+}
+
+impl Told {
+    /// What is assumed of one that is attached, for all that the server knows, and says nothing.
+    pub(super) fn silent() -> Self {
+        Self { attached: true, ..Self::default() }
+    }
+
+    pub(super) fn is_of(&self, made: &str) -> bool {
+        self.made.is_empty() || self.made == made
+    }
 }
 
 pub(super) async fn consume(
@@ -203,6 +218,7 @@ async fn begin(
         floors: notes.floors.clone(),
         kept: now.0,
         shared: false,
+        suspicious: false,
         pulls: VecDeque::new(),
     };
     let hold = Arc::new(Hold {
@@ -338,6 +354,12 @@ impl Hold {
         self.arrived.notify_one();
     }
 
+    /// Looks at once whether all is well, rather than at the next pull.
+    pub(super) fn wake_up(&self) {
+        lock(&self.inner).suspicious = true;
+        self.wake.notify_one();
+    }
+
     /// Says that no question is answered any more.
     pub(super) fn be_deaf(&self) {
         self.deaf.send_replace(true);
@@ -347,6 +369,7 @@ impl Hold {
         let inner = lock(&self.inner);
         let now = Instant::now();
         Told {
+            made: self.made.clone(),
             attached: inner.phase == Phase::Attached,
             in_flight: inner.held.len() as u64,
             delayed: inner.delayed.values().filter(|due| **due > now).count() as u64,
@@ -455,6 +478,11 @@ async fn run(hold: Arc<Hold>, mut arrivals: Subscriber, inbox: String) {
         give_back_loose(&hold);
         if lock(&hold.inner).phase != Phase::Attached {
             break;
+        }
+        let suspicious = std::mem::take(&mut lock(&hold.inner).suspicious);
+        if suspicious {
+            let _ = hold.check(Deadline::after(hold.link.options.takeover)).await;
+            continue;
         }
         pull(&hold, &inbox, &mut number).await;
         let until = lock(&hold.inner).pulls.front().map(|pull| pull.until);

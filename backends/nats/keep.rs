@@ -50,6 +50,11 @@ async fn answer(hold: &Hold, question: Raw) {
         // Another may be attached by now, whose word it is.
         return;
     }
+    if question.reply.is_none() {
+        // Whoever deletes the queue, or takes over, says so.
+        let _ = hold.check(Deadline::after(hold.link.options.takeover)).await;
+        return;
+    }
     if let (Some(reply), Ok(told)) = (question.reply, serde_json::to_vec(&hold.told())) {
         // Whoever asked asks again.
         let _ = hold.link.client.publish(reply, told.into()).await;

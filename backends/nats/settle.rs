@@ -163,6 +163,8 @@ async fn confirm(hold: &Hold, reply: &str, what: &str, deadline: Deadline) -> Re
             Ok(answer) => {
                 let first = answer.first && !sent_before;
                 if !still_there(&hold.link, &hold.names, &hold.consumer, deadline).await? {
+                    // For good, or only for this one of them: `next` is to know too.
+                    hold.wake_up();
                     // One that was sent before may have come in time.
                     return Err(if first { lost() } else { unknown() });
                 }

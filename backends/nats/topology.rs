@@ -15,6 +15,7 @@ use super::{
     api::{
         Description, Fence, Refusal, STREAM_EXISTS, STREAM_NOT_FOUND, SUBJECTS_OVERLAP, Stream,
     },
+    attach,
     connection::{Link, Unanswered},
     consume::Told,
     form,
@@ -195,17 +196,19 @@ pub(super) async fn status(
     let (living, dead) = stream.counts(&names);
     let mut status = QueueStatus::new(queue.clone());
     status.dead = dead;
+    let made = stream.description().map(|description| description.made);
     match held? {
-        Some(told) => {
+        // One whose queue was deleted and made again, and who does not know it yet, speaks of another.
+        Some(told) if made.as_ref().is_none_or(|made| told.is_of(made)) => {
             status.consumers = u32::from(told.attached);
             status.in_flight = told.in_flight.min(living);
             status.delayed = told.delayed.min(living - status.in_flight);
         }
-        None if living > 0 => {
+        _ if living > 0 => {
             let notes = Notes::read(link, &names, deadline).await?;
             status.delayed = notes.delayed().min(living);
         }
-        None => {}
+        _ => {}
     }
     status.ready = living - status.in_flight - status.delayed;
     Ok(status)
@@ -225,7 +228,7 @@ async fn ask(link: &Link, names: &Names, deadline: Deadline) -> Result<Option<To
             Err(Unanswered::Unknown(_)) if !deadline.has_passed() && left > 0 => {}
             // Attached, for all that the server knows, and silent.
             Err(Unanswered::Unknown(_)) if !deadline.has_passed() && link.is_connected() => {
-                return Ok(Some(Told { attached: true, ..Told::default() }));
+                return Ok(Some(Told::silent()));
             }
             Err(error) => return Err(error.into_error()),
         }
@@ -312,6 +315,7 @@ pub(super) async fn delete(
                 return Err(error);
             }
             drop_stream(link, &names, deadline).await?;
+            attach::nudge(link, &names).await;
             Ok(Discarded::default())
         }
         DeleteMode::Discard => {
@@ -324,7 +328,9 @@ pub(super) async fn delete(
             let left = link.stream(&names, deadline).await?.ok_or_else(no_queue)?;
             let (living, dead) = left.counts(&names);
             let ids = ids(link, &names, living, deadline).await?;
-            if !drop_stream(link, &names, deadline).await? {
+            let gone = drop_stream(link, &names, deadline).await?;
+            attach::nudge(link, &names).await;
+            if !gone {
                 return Err(no_queue());
             }
             Ok(Discarded::new(living + dead, ids))
