@@ -14,7 +14,12 @@ use crate::harness::Harness;
 /// Every harness.
 #[must_use]
 pub fn all() -> Vec<Box<dyn Harness>> {
-    vec![Box::new(Sqlite), Box::new(Memory), Box::new(Nats), Box::new(Reference)]
+    vec![
+        Box::new(Sqlite),
+        Box::new(Memory),
+        Box::new(Nats),
+        Box::new(Reference),
+    ]
 }
 
 /// The harness of this name.
