@@ -5,7 +5,7 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -52,6 +52,8 @@ pub(super) struct Link {
     pub(super) client: Client,
     pub(super) options: Options,
     pub(super) publishes: Semaphore,
+    /// The server syncs before it confirms, for all that is known.
+    synced: AtomicBool,
     state: watch::Sender<State>,
     mux: Arc<Mux>,
     closed: watch::Sender<bool>,
@@ -91,7 +93,9 @@ pub(super) struct Answer {
 impl Answer {
     /// Whether the server says that nobody takes what was sent.
     pub(super) fn nobody(&self) -> bool {
-        self.message.status.is_some_and(|status| status.as_u16() == 503)
+        self.message
+            .status
+            .is_some_and(|status| status.as_u16() == 503)
     }
 }
 
@@ -121,9 +125,15 @@ impl Link {
             }
         };
         // The client tells of its first connection as of every other.
-        let _ = state.subscribe().wait_for(|state| state.generation > 0).await;
+        let _ = state
+            .subscribe()
+            .wait_for(|state| state.generation > 0)
+            .await;
         let mux = Arc::new(Mux::new(&client));
-        let answers = client.subscribe(format!("{}*", mux.prefix)).await.map_err(gone)?;
+        let answers = client
+            .subscribe(format!("{}*", mux.prefix))
+            .await
+            .map_err(gone)?;
         let tasks = vec![
             tokio::spawn(Arc::clone(&mux).deliver(answers)).abort_handle(),
             tokio::spawn(watch_over(client.clone(), state.clone())).abort_handle(),
@@ -132,6 +142,7 @@ impl Link {
             client,
             options,
             publishes: Semaphore::new(PUBLISHES),
+            synced: AtomicBool::new(false),
             state,
             mux,
             closed: watch::Sender::new(false),
@@ -151,6 +162,14 @@ impl Link {
 
     pub(super) fn state(&self) -> watch::Receiver<State> {
         self.state.subscribe()
+    }
+
+    pub(super) fn is_synced(&self) -> bool {
+        self.synced.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_synced(&self, synced: bool) {
+        self.synced.store(synced, Ordering::Release);
     }
 
     pub(super) fn is_connected(&self) -> bool {
@@ -174,7 +193,10 @@ impl Link {
         let mut times = 0;
         let late = |times: u32, connected: bool| {
             let error = if connected {
-                Error::new(ErrorKind::DeadlineExceeded, "the server did not answer by the deadline")
+                Error::new(
+                    ErrorKind::DeadlineExceeded,
+                    "the server did not answer by the deadline",
+                )
             } else {
                 unreachable(&self.options, "the connection was lost")
             };
@@ -197,7 +219,12 @@ impl Link {
                     Some(headers) => {
                         let (headers, body) = (headers.clone(), body.clone());
                         self.client
-                            .publish_with_reply_and_headers(subject.to_owned(), reply, headers, body)
+                            .publish_with_reply_and_headers(
+                                subject.to_owned(),
+                                reply,
+                                headers,
+                                body,
+                            )
                             .await
                     }
                     None => {
@@ -274,10 +301,13 @@ impl Link {
             }
         }
         let holds = std::mem::take(&mut *lock(&self.holds));
-        let released = holds.iter().filter_map(Weak::upgrade).map(|hold| async move {
-            hold.release(true);
-            hold.until_gone(deadline).await
-        });
+        let released = holds
+            .iter()
+            .filter_map(Weak::upgrade)
+            .map(|hold| async move {
+                hold.release(true);
+                hold.until_gone(deadline).await
+            });
         for result in futures_util::future::join_all(released).await {
             result?;
         }
@@ -311,7 +341,10 @@ pub(super) fn unreachable(options: &Options, why: &str) -> Error {
 
 /// The client refuses what it was told: its task is gone.
 pub(super) fn gone(error: impl fmt::Display) -> Error {
-    Error::new(ErrorKind::BrokerUnreachable, format!("the client refused: {error}"))
+    Error::new(
+        ErrorKind::BrokerUnreachable,
+        format!("the client refused: {error}"),
+    )
 }
 
 fn connect_options(options: &Options, state: &watch::Sender<State>) -> Result<ConnectOptions> {
@@ -347,7 +380,10 @@ fn tell(state: &watch::Sender<State>, event: &Event) {
         Event::ServerError(error) => {
             let text = error.to_string();
             // Permissions Violation for Publish to "subject"
-            if text.to_lowercase().contains("permissions violation for publish") {
+            if text
+                .to_lowercase()
+                .contains("permissions violation for publish")
+            {
                 let subject = text.split('"').nth(1).map(Into::into);
                 state.send_modify(|state| {
                     state.denied = subject;

@@ -23,13 +23,12 @@ use tokio::{
 
 use super::{
     api::Fence,
-    attach::{attach, lock_name, still_there},
+    attach::{attach, delivered, lock_name, still_there},
     closed,
     connection::{Link, gone, lock},
-    form,
-    keep,
+    form, keep,
     names::{Names, token},
-    notes::{Mark, Notes, now_ms},
+    notes::{Mark, Notes, is_settled, now_ms, settle},
     settle::{self, Lease},
 };
 use crate::{
@@ -88,10 +87,14 @@ pub(super) struct Inner {
     pub(super) delayed: HashMap<u64, Instant>,
     pub(super) marks: BTreeMap<u64, Mark>,
     floors: Vec<u64>,
+    /// What was settled, by runs: noted where the server does not sync.
+    settled: BTreeMap<u64, u64>,
     /// When the leases were last kept.
     pub(super) kept: Instant,
     /// It leaves the server's consumer to those who have deliveries in hand and to the next one.
     shared: bool,
+    /// Something says that the server's consumer is gone.
+    suspicious: bool,
     pulls: VecDeque<Pull>,
 }
 
@@ -137,16 +140,36 @@ impl Received {
     }
 
     pub(super) fn message(&self) -> crate::message::Message {
-        form::read(self.raw.headers.as_ref(), self.raw.payload.clone(), self.sequence)
+        form::read(
+            self.raw.headers.as_ref(),
+            self.raw.payload.clone(),
+            self.sequence,
+        )
     }
 }
 
 /// What a consumer says of itself when it is asked.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Told {
+    /// Which making of the queue it is attached to; empty: it said nothing.
+    made: String,
     pub(super) attached: bool,
     pub(super) in_flight: u64,
     pub(super) delayed: u64,
+}
+
+impl Told {
+    /// What is assumed of one that is attached, for all that the server knows, and says nothing.
+    pub(super) fn silent() -> Self {
+        Self {
+            attached: true,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn is_of(&self, made: &str) -> bool {
+        self.made.is_empty() || self.made == made
+    }
 }
 
 pub(super) async fn consume(
@@ -176,11 +199,17 @@ async fn begin(
     let names = Names::of(queue);
     let stream = link.queue(&names, deadline).await?;
     let limit = stream.spec(queue)?.delivery_limit;
-    let made = stream.description().map(|description| description.made).unwrap_or_default();
+    let made = stream
+        .description()
+        .map(|description| description.made)
+        .unwrap_or_default();
     let token = token();
     let inbox = link.client.new_inbox();
     let subscribe = async |subject: String| -> Result<Subscriber> {
-        deadline.bound(link.client.subscribe(subject)).await?.map_err(gone)
+        deadline
+            .bound(link.client.subscribe(subject))
+            .await?
+            .map_err(gone)
     };
     let alive = subscribe(names.hold(&token)).await?;
     let arrivals = subscribe(format!("{inbox}.*")).await?;
@@ -201,8 +230,10 @@ async fn begin(
             .collect(),
         marks: std::mem::take(&mut notes.marks),
         floors: notes.floors.clone(),
+        settled: notes.settled.clone(),
         kept: now.0,
         shared: false,
+        suspicious: false,
         pulls: VecDeque::new(),
     };
     let hold = Arc::new(Hold {
@@ -284,9 +315,23 @@ impl Inner {
         u32::try_from(times.max(0)).unwrap_or(u32::MAX)
     }
 
+    /// One of those that were asked for came; the oldest pull is served first.
+    fn came(&mut self) {
+        if let Some(first) = self.pulls.front_mut() {
+            first.left -= 1;
+            if first.left == 0 {
+                self.pulls.pop_front();
+            }
+        }
+    }
+
     fn hand_out(&mut self, received: &Received) -> u32 {
         self.marks.entry(received.sequence).or_default().seen += 1;
-        let held = Held { reply: received.reply().to_owned(), live: true, returning: false };
+        let held = Held {
+            reply: received.reply().to_owned(),
+            live: true,
+            returning: false,
+        };
         self.held.insert(received.sequence, held);
         self.handed_out(received.sequence)
     }
@@ -338,6 +383,12 @@ impl Hold {
         self.arrived.notify_one();
     }
 
+    /// Looks at once whether all is well, rather than at the next pull.
+    pub(super) fn wake_up(&self) {
+        lock(&self.inner).suspicious = true;
+        self.wake.notify_one();
+    }
+
     /// Says that no question is answered any more.
     pub(super) fn be_deaf(&self) {
         self.deaf.send_replace(true);
@@ -347,6 +398,7 @@ impl Hold {
         let inner = lock(&self.inner);
         let now = Instant::now();
         Told {
+            made: self.made.clone(),
             attached: inner.phase == Phase::Attached,
             in_flight: inner.held.len() as u64,
             delayed: inner.delayed.values().filter(|due| **due > now).count() as u64,
@@ -364,19 +416,45 @@ impl Hold {
     }
 
     /// A message is settled: it is held no more, and there is room for another.
-    pub(super) fn settled(&self, sequence: u64) {
-        let mut inner = lock(&self.inner);
-        inner.held.remove(&sequence);
-        inner.marks.remove(&sequence);
-        drop(inner);
+    ///
+    /// Where the server would forget that when it is killed, it is noted first (law C2).
+    pub(super) async fn settled(&self, sequence: u64, deadline: Deadline) -> Result<()> {
+        {
+            let mut inner = lock(&self.inner);
+            inner.held.remove(&sequence);
+            inner.marks.remove(&sequence);
+            if !self.link.is_synced() {
+                settle(&mut inner.settled, sequence);
+            }
+        }
         self.wake.notify_one();
+        if self.link.is_synced() {
+            return Ok(());
+        }
+        self.note(deadline).await
     }
 
     /// Writes the notes as they are now, or later.
     pub(super) async fn note(&self, deadline: Deadline) -> Result<()> {
         let (sender, answer) = oneshot::channel();
-        deadline.bound(self.scribe.send(sender)).await?.map_err(|_| closed())?;
+        deadline
+            .bound(self.scribe.send(sender))
+            .await?
+            .map_err(|_| closed())?;
         deadline.bound(answer).await?.map_err(|_| closed())?
+    }
+
+    /// Looks what is left after the connection was made again: a server that was killed has forgotten
+    /// what it delivered last, and delivers that again.
+    async fn look_back(&self, deadline: Deadline) -> Result<()> {
+        self.check(deadline).await?;
+        let last = delivered(&self.link, &self.names, &self.consumer, deadline).await?;
+        if let Some(last) = last {
+            lock(&self.inner)
+                .buffer
+                .retain(|received| received.sequence <= last);
+        }
+        Ok(())
     }
 
     /// Looks why the server does not answer for the consumer; ends it if that is for good.
@@ -398,7 +476,11 @@ impl Hold {
                 let deleted = description.is_none_or(|description| {
                     description.made != self.made || description.fence == Some(Fence::Deleting)
                 });
-                self.end(if deleted { ErrorKind::QueueDeleted } else { ErrorKind::Conflict });
+                self.end(if deleted {
+                    ErrorKind::QueueDeleted
+                } else {
+                    ErrorKind::Conflict
+                });
                 return Ok(());
             }
         }
@@ -430,18 +512,31 @@ async fn write_notes(
         {
             let inner = lock(&hold.inner);
             notes.marks.clone_from(&inner.marks);
+            notes.settled.clone_from(&inner.settled);
             if inner.phase != Phase::Attached {
                 notes.holder = None;
                 notes.consumer = inner.shared.then(|| hold.consumer.clone());
             }
         }
-        let written = notes.write(&hold.link, &hold.names, Deadline::after(GOING)).await;
+        let written = notes
+            .write(&hold.link, &hold.names, Deadline::after(GOING))
+            .await;
+        if written.is_ok() && !hold.link.is_synced() {
+            // As the writer does: its own places lie between the messages.
+            settle(&mut lock(&hold.inner).settled, notes.place());
+        }
         for asker in askers {
             let answer = match &written {
                 Ok(()) => Ok(()),
                 Err(error) => Err(Error::new(error.kind().clone(), error.message().to_owned())),
             };
             let _ = asker.send(answer);
+        }
+        if let Err(error) = notes
+            .tidy(&hold.link, &hold.names, Deadline::after(GOING))
+            .await
+        {
+            tracing::debug!(%error, "an old copy of the notes is left");
         }
     }
 }
@@ -455,6 +550,13 @@ async fn run(hold: Arc<Hold>, mut arrivals: Subscriber, inbox: String) {
         give_back_loose(&hold);
         if lock(&hold.inner).phase != Phase::Attached {
             break;
+        }
+        let suspicious = std::mem::take(&mut lock(&hold.inner).suspicious);
+        if suspicious {
+            let _ = hold
+                .check(Deadline::after(hold.link.options.takeover))
+                .await;
+            continue;
         }
         pull(&hold, &inbox, &mut number).await;
         let until = lock(&hold.inner).pulls.front().map(|pull| pull.until);
@@ -478,7 +580,7 @@ async fn run(hold: Arc<Hold>, mut arrivals: Subscriber, inbox: String) {
                     generation = now;
                     // What the server was asked on the old connection it has forgotten.
                     lock(&hold.inner).pulls.clear();
-                    let _ = hold.check(Deadline::after(hold.link.options.takeover)).await;
+                    let _ = hold.look_back(Deadline::after(hold.link.options.takeover)).await;
                 }
             }
         }
@@ -503,31 +605,54 @@ async fn pull(hold: &Arc<Hold>, inbox: &str, number: &mut u64) {
     let room = {
         let mut inner = lock(&hold.inner);
         let asked: usize = inner.pulls.iter().map(|pull| pull.left).sum();
-        let room = hold.prefetch.saturating_sub(inner.buffer.len() + inner.held.len() + asked);
+        let room = hold
+            .prefetch
+            .saturating_sub(inner.buffer.len() + inner.held.len() + asked);
         // A few large pulls rather than many of one, but never none while there is room.
         if room == 0 || (asked > 0 && room < hold.prefetch.div_ceil(4)) {
             return;
         }
         *number += 1;
         let until = Instant::now() + PULL + SLACK;
-        inner.pulls.push_back(Pull { number: *number, left: room, until });
+        inner.pulls.push_back(Pull {
+            number: *number,
+            left: room,
+            until,
+        });
         room
     };
-    let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", hold.names.stream, hold.consumer);
+    let subject = format!(
+        "$JS.API.CONSUMER.MSG.NEXT.{}.{}",
+        hold.names.stream, hold.consumer
+    );
     let body = format!("{{\"batch\":{room},\"expires\":{}}}", PULL.as_nanos());
     let reply = format!("{inbox}.{number}");
-    if let Err(error) = hold.link.client.publish_with_reply(subject, reply, body.into()).await {
+    if let Err(error) = hold
+        .link
+        .client
+        .publish_with_reply(subject, reply, body.into())
+        .await
+    {
         tracing::debug!(%error, "a pull was not sent");
-        lock(&hold.inner).pulls.retain(|pull| pull.number != *number);
+        lock(&hold.inner)
+            .pulls
+            .retain(|pull| pull.number != *number);
     }
 }
 
 async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
     if let Some(status) = raw.status {
-        let number = raw.subject.strip_prefix(inbox).and_then(|number| number[1..].parse().ok());
-        lock(&hold.inner).pulls.retain(|pull| Some(pull.number) != number);
+        let number = raw
+            .subject
+            .strip_prefix(inbox)
+            .and_then(|number| number[1..].parse().ok());
+        lock(&hold.inner)
+            .pulls
+            .retain(|pull| Some(pull.number) != number);
         if !matches!(status.as_u16(), 100 | 404 | 408) {
-            let checked = hold.check(Deadline::after(hold.link.options.takeover)).await;
+            let checked = hold
+                .check(Deadline::after(hold.link.options.takeover))
+                .await;
             if checked.is_err() || lock(&hold.inner).phase == Phase::Attached {
                 // All is well, so this passes: a leader that changes, a server that ends.
                 sleep(PAUSE).await;
@@ -538,16 +663,23 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
     let Some(sequence) = raw.reply.as_ref().and_then(|reply| place(reply)) else {
         return;
     };
-    let mut received = Received { sequence, attempt: 0, raw };
+    let mut received = Received {
+        sequence,
+        attempt: 0,
+        raw,
+    };
+    if is_settled(&lock(&hold.inner).settled, sequence) {
+        lock(&hold.inner).came();
+        settle::end(hold, &received).await;
+        return;
+    }
     let (rest, suspect) = {
         let mut inner = lock(&hold.inner);
-        if let Some(first) = inner.pulls.front_mut() {
-            first.left -= 1;
-            if first.left == 0 {
-                inner.pulls.pop_front();
-            }
-        }
-        let ours = inner.held.get(&sequence).is_some_and(|held| !held.returning);
+        inner.came();
+        let ours = inner
+            .held
+            .get(&sequence)
+            .is_some_and(|held| !held.returning);
         if ours || inner.buffer.iter().any(|other| other.sequence == sequence) {
             // Its lease ran out while nobody could keep it, and nobody else has it: the same delivery.
             return;
@@ -556,7 +688,10 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
         inner.delayed.remove(&sequence);
         received.attempt = inner.handed_out(sequence);
         let due = inner.marks.get(&sequence).map_or(0, |mark| mark.due);
-        (due.saturating_sub(now_ms()), Notes::floors_over(&inner.floors, sequence) > 0)
+        (
+            due.saturating_sub(now_ms()),
+            Notes::floors_over(&inner.floors, sequence) > 0,
+        )
     };
     if rest > 0 {
         // The server forgot the delay.
@@ -575,7 +710,14 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
     if received.attempt >= hold.limit {
         // Given back by one that could not say so any more: it goes to the dead letters.
         let reply = received.reply().to_owned();
-        inner.held.insert(sequence, Held { reply, live: false, returning: false });
+        inner.held.insert(
+            sequence,
+            Held {
+                reply,
+                live: false,
+                returning: false,
+            },
+        );
         inner.loose.push(received);
         drop(inner);
         hold.wake.notify_one();
@@ -589,7 +731,7 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
 /// Where this is in the stream, from where it is acknowledged:
 /// `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.…`, or since 2.14 also
 /// `$JS.ACK.<domain>.<account>.<stream>.<consumer>.<delivered>.<sequence>.…`.
-fn place(reply: &str) -> Option<u64> {
+pub(super) fn place(reply: &str) -> Option<u64> {
     let place = match reply.split('.').count() {
         9 => 5,
         11.. => 7,
@@ -619,7 +761,11 @@ async fn leave(hold: &Arc<Hold>, arrivals: Subscriber) {
         inner.shared = !all && inner.held.values().any(|held| held.live);
         let buffer = std::mem::take(&mut inner.buffer);
         let replies = buffer.iter().map(|received| received.reply().to_owned());
-        if inner.shared { replies.collect() } else { vec![] }
+        if inner.shared {
+            replies.collect()
+        } else {
+            vec![]
+        }
     };
     drop(arrivals);
     if let Err(error) = go(hold, replies, deadline).await {
@@ -646,9 +792,13 @@ async fn go(hold: &Arc<Hold>, buffer: Vec<String>, deadline: Deadline) -> Result
         futures_util::future::join_all(given).await;
     } else {
         // All that it had in its hands or on its way goes back with it, at once.
-        hold.link.drop_consumer(&hold.names, &hold.consumer, deadline).await?;
+        hold.link
+            .drop_consumer(&hold.names, &hold.consumer, deadline)
+            .await?;
     }
-    hold.link.drop_consumer(&hold.names, &lock_name(&hold.token), deadline).await
+    hold.link
+        .drop_consumer(&hold.names, &lock_name(&hold.token), deadline)
+        .await
 }
 
 #[cfg(test)]

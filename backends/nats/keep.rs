@@ -50,6 +50,13 @@ async fn answer(hold: &Hold, question: Raw) {
         // Another may be attached by now, whose word it is.
         return;
     }
+    if question.reply.is_none() {
+        // Whoever deletes the queue, or takes over, says so.
+        let _ = hold
+            .check(Deadline::after(hold.link.options.takeover))
+            .await;
+        return;
+    }
     if let (Some(reply), Ok(told)) = (question.reply, serde_json::to_vec(&hold.told())) {
         // Whoever asked asks again.
         let _ = hold.link.client.publish(reply, told.into()).await;
@@ -62,16 +69,29 @@ async fn extend(hold: &Hold) {
     }
     if lock(&hold.inner).kept.elapsed() > hold.link.options.takeover {
         // It slept, or was cut off: the leases may be another's (law C4).
-        let _ = hold.check(Deadline::after(hold.link.options.takeover)).await;
+        let _ = hold
+            .check(Deadline::after(hold.link.options.takeover))
+            .await;
     }
     let replies: Vec<String> = {
         let inner = lock(&hold.inner);
-        let buffered = inner.buffer.iter().map(|received| received.reply().to_owned());
+        let buffered = inner
+            .buffer
+            .iter()
+            .map(|received| received.reply().to_owned());
         let held = inner.held.values().filter(|held| !held.returning);
-        held.map(|held| held.reply.clone()).chain(buffered).collect()
+        held.map(|held| held.reply.clone())
+            .chain(buffered)
+            .collect()
     };
     for reply in replies {
-        if hold.link.client.publish(reply, "+WPI".into()).await.is_err() {
+        if hold
+            .link
+            .client
+            .publish(reply, "+WPI".into())
+            .await
+            .is_err()
+        {
             return;
         }
     }

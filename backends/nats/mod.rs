@@ -67,6 +67,7 @@ pub(crate) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<d
     let connecting = async {
         let link = Link::open(Options::read(url)?, deadline).await?;
         durability::preflight(&link, deadline).await?;
+        tokio::spawn(durability::watch(Arc::downgrade(&link)));
         Ok(link)
     };
     let link = connecting

@@ -27,6 +27,10 @@ use crate::{
     error::{Error, ErrorKind, Result},
 };
 
+/// How many runs of settled messages are kept: where messages are settled in order they are few, and a
+/// server that does not sync by itself does so within minutes.
+const MAX_RUNS: usize = 1_024;
+
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Notes {
     /// Counts the attachments; the version counts the copies in one.
@@ -44,10 +48,17 @@ pub(super) struct Notes {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) marks: BTreeMap<u64, Mark>,
     /// Where this copy is, and its sequence there; 0: nowhere yet.
+    /// What was settled a while ago, by sequence, both ends of each run: a server that does not sync
+    /// forgets settlements that it confirmed when it is killed, and delivers these again (law C2).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) settled: BTreeMap<u64, u64>,
     #[serde(skip)]
     slot: usize,
     #[serde(skip)]
     sequence: u64,
+    /// The copy before, that is to go.
+    #[serde(skip)]
+    old: u64,
 }
 
 /// What is to be known of one message.
@@ -75,7 +86,11 @@ impl Notes {
             if let Some((copy, sequence)) = copy
                 && copy.age() > newest.age()
             {
-                newest = Self { slot, sequence, ..copy };
+                newest = Self {
+                    slot,
+                    sequence,
+                    ..copy
+                };
             }
         }
         Ok(newest)
@@ -110,7 +125,10 @@ impl Notes {
     ) -> Result<()> {
         self.version += 1;
         let body = serde_json::to_vec(self).map_err(|error| {
-            Error::new(ErrorKind::Internal, format!("notes have no JSON form: {error}"))
+            Error::new(
+                ErrorKind::Internal,
+                format!("notes have no JSON form: {error}"),
+            )
         })?;
         let body = Bytes::from(body);
         let to = (self.slot + 1) % 2;
@@ -141,8 +159,26 @@ impl Notes {
                 Some(refusal) => return Err(refusal.into_error()),
             }
         };
-        let old = std::mem::replace(&mut self.sequence, sequence);
+        self.old = std::mem::replace(&mut self.sequence, sequence);
         self.slot = to;
+        // The notes' own places are no messages: so runs of messages that they stand between stay whole.
+        settle(&mut self.settled, sequence);
+        Ok(())
+    }
+
+    /// Where the last copy was written.
+    pub(super) fn place(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Takes away the copy before the one that was written last; to be done before the next.
+    pub(super) async fn tidy(
+        &mut self,
+        link: &Link,
+        names: &Names,
+        deadline: Deadline,
+    ) -> Result<()> {
+        let old = std::mem::take(&mut self.old);
         if old > 0 {
             link.forget(names, old, deadline).await?;
         }
@@ -150,11 +186,60 @@ impl Notes {
     }
 }
 
+/// Adds a message to the runs of those that are settled.
+pub(super) fn settle(runs: &mut BTreeMap<u64, u64>, sequence: u64) {
+    let before = runs
+        .range(..=sequence)
+        .next_back()
+        .map(|(first, last)| (*first, *last));
+    let (first, mut last) = match before {
+        Some((_, last)) if last >= sequence => return,
+        Some((first, last)) if last + 1 == sequence => (first, sequence),
+        _ => (sequence, sequence),
+    };
+    if let Some(end) = runs.remove(&(sequence + 1)) {
+        last = end;
+    }
+    runs.insert(first, last);
+    if runs.len() > MAX_RUNS {
+        runs.pop_first();
+    }
+}
+
+/// Whether a message is among the settled.
+pub(super) fn is_settled(runs: &BTreeMap<u64, u64>, sequence: u64) -> bool {
+    runs.range(..=sequence)
+        .next_back()
+        .is_some_and(|(_, last)| *last >= sequence)
+}
+
 pub(super) fn taken_over() -> Error {
     Error::new(ErrorKind::LeaseLost, "another consumer took over")
 }
 
 pub(super) fn now_ms() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO);
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settled_messages_are_kept_in_runs() {
+        let mut runs = BTreeMap::new();
+        for sequence in [5, 1, 2, 7, 6, 2, 9] {
+            settle(&mut runs, sequence);
+        }
+        assert_eq!(runs, BTreeMap::from([(1, 2), (5, 7), (9, 9)]));
+        let settled: Vec<_> = (0..11).filter(|n| is_settled(&runs, *n)).collect();
+        assert_eq!(settled, [1, 2, 5, 6, 7, 9]);
+        for sequence in 100..100 + 2 * MAX_RUNS as u64 {
+            settle(&mut runs, sequence * 2);
+        }
+        assert_eq!(runs.len(), MAX_RUNS);
+    }
 }

@@ -15,10 +15,10 @@ use tokio::{
 
 use super::{
     api::{Refusal, WRONG_LAST_SEQUENCE, json_of},
-    attach::still_there,
+    attach::{delivered, still_there},
     closed,
     connection::{Link, Unanswered, lock},
-    consume::{Hold, Phase, Received},
+    consume::{Hold, Phase, Received, place},
     form,
     notes::now_ms,
 };
@@ -45,7 +45,10 @@ pub(super) struct Lease {
 
 impl Lease {
     pub(super) fn new(hold: Arc<Hold>, received: Received) -> Self {
-        Self { hold, received: Some(received) }
+        Self {
+            hold,
+            received: Some(received),
+        }
     }
 }
 
@@ -69,22 +72,29 @@ impl LeaseTrait for Lease {
     async fn settle(mut self: Box<Self>, settlement: Settlement, deadline: Deadline) -> Result<()> {
         self.hold.may_settle()?;
         if deadline.has_passed() {
-            return Err(Error::new(ErrorKind::DeadlineExceeded, "the deadline passed first"));
+            return Err(Error::new(
+                ErrorKind::DeadlineExceeded,
+                "the deadline passed first",
+            ));
         }
-        let Some(received) = self.received.as_ref() else { return Err(lost()) };
+        let Some(received) = self.received.as_ref() else {
+            return Err(lost());
+        };
         let how = match settlement {
             Settlement::Ack => {
                 // In the caller's own time: dropped early, it may have been done, and is given back.
                 confirm(&self.hold, received.reply(), "+ACK", deadline).await?;
-                self.hold.settled(received.sequence);
+                let sequence = received.sequence;
                 self.received = None;
-                return Ok(());
+                return self.hold.settled(sequence, deadline).await;
             }
             other => other,
         };
         // Several steps: they are finished whatever becomes of the caller.
         let (sender, answer) = oneshot::channel();
-        let Some(received) = self.received.take() else { return Err(lost()) };
+        let Some(received) = self.received.take() else {
+            return Err(lost());
+        };
         let hold = Arc::clone(&self.hold);
         tokio::spawn(async move {
             let done = match how {
@@ -102,7 +112,10 @@ impl LeaseTrait for Lease {
 }
 
 fn lost() -> Error {
-    Error::new(ErrorKind::LeaseLost, "the delivery is no longer this handle's to settle")
+    Error::new(
+        ErrorKind::LeaseLost,
+        "the delivery is no longer this handle's to settle",
+    )
 }
 
 impl Hold {
@@ -147,7 +160,9 @@ pub(super) async fn tell(
 ) -> Result<bool> {
     let body = Bytes::from_static(what.as_bytes());
     let answer = link.call(reply, None, &body, true, deadline).await;
-    answer.map(|answer| !answer.nobody()).map_err(Unanswered::into_error)
+    answer
+        .map(|answer| !answer.nobody())
+        .map_err(Unanswered::into_error)
 }
 
 /// The same, until it is confirmed or known to be too late.
@@ -163,6 +178,8 @@ async fn confirm(hold: &Hold, reply: &str, what: &str, deadline: Deadline) -> Re
             Ok(answer) => {
                 let first = answer.first && !sent_before;
                 if !still_there(&hold.link, &hold.names, &hold.consumer, deadline).await? {
+                    // For good, or only for this one of them: `next` is to know too.
+                    hold.wake_up();
                     // One that was sent before may have come in time.
                     return Err(if first { lost() } else { unknown() });
                 }
@@ -172,10 +189,17 @@ async fn confirm(hold: &Hold, reply: &str, what: &str, deadline: Deadline) -> Re
             Err(Unanswered::NotSent(error)) if connected => return Err(error),
             Err(_) => {
                 sent_before = true;
-                if connected
-                    && !still_there(&hold.link, &hold.names, &hold.consumer, deadline).await?
-                {
-                    return Err(unknown());
+                if connected {
+                    let (link, names) = (&hold.link, &hold.names);
+                    match delivered(link, names, &hold.consumer, deadline).await? {
+                        None => return Err(unknown()),
+                        // It was killed and knows of no such delivery: it will deliver again, and says
+                        // nothing to what is acknowledged before that.
+                        Some(last) if place(reply).is_some_and(|sequence| sequence > last) => {
+                            return Err(lost());
+                        }
+                        Some(_) => {}
+                    }
                 }
             }
         }
@@ -189,7 +213,12 @@ fn unknown() -> Error {
     )
 }
 
-async fn retry(hold: &Arc<Hold>, received: &Received, delay: Duration, deadline: Deadline) -> Result<()> {
+async fn retry(
+    hold: &Arc<Hold>,
+    received: &Received,
+    delay: Duration,
+    deadline: Deadline,
+) -> Result<()> {
     if received.attempt >= hold.limit {
         return bury(hold, received, &over(hold.limit), deadline).await;
     }
@@ -203,7 +232,9 @@ async fn retry(hold: &Arc<Hold>, received: &Received, delay: Duration, deadline:
         // Noted before it goes back, so that no crash shortens the delay (law C6).
         hold.note(deadline).await?;
     }
-    let nanos = u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX / 2).min(u64::MAX / 2);
+    let nanos = u64::try_from(delay.as_nanos())
+        .unwrap_or(u64::MAX / 2)
+        .min(u64::MAX / 2);
     let what = match nanos {
         0 => "-NAK".to_owned(),
         nanos => format!("-NAK {{\"delay\":{nanos}}}"),
@@ -234,7 +265,12 @@ fn over(limit: u32) -> String {
 
 /// Stores a dead letter, then takes the message out of the queue (law C7). One that does not live to do
 /// the second leaves both, and whoever receives the message again finds the letter.
-async fn bury(hold: &Arc<Hold>, received: &Received, reason: &str, deadline: Deadline) -> Result<()> {
+async fn bury(
+    hold: &Arc<Hold>,
+    received: &Received,
+    reason: &str,
+    deadline: Deadline,
+) -> Result<()> {
     // Is it still this one's? A letter of a message that another has would be one too many.
     confirm(hold, received.reply(), "+WPI", deadline).await?;
     let message = received.message();
@@ -258,8 +294,15 @@ async fn bury(hold: &Arc<Hold>, received: &Received, reason: &str, deadline: Dea
         None => {}
     }
     confirm(hold, received.reply(), "+TERM", deadline).await?;
-    hold.settled(received.sequence);
-    Ok(())
+    hold.settled(received.sequence, deadline).await
+}
+
+/// Ends one that was settled before, which the server forgot when it was killed.
+pub(super) async fn end(hold: &Arc<Hold>, received: &Received) {
+    let deadline = Deadline::after(hold.link.options.takeover);
+    if let Err(error) = confirm(hold, received.reply(), "+TERM", deadline).await {
+        tracing::debug!(%error, "a delivery that was settled before comes once more");
+    }
 }
 
 /// Gives back what was dropped: it comes again, counted, or has been delivered often enough.
@@ -281,7 +324,9 @@ pub(super) async fn give_back(hold: &Arc<Hold>, received: &Received) {
 
 /// Sends one back that came before its time, uncounted.
 pub(super) async fn put_off(hold: &Arc<Hold>, received: &Received, rest: Duration) {
-    lock(&hold.inner).delayed.insert(received.sequence, Instant::now() + rest);
+    lock(&hold.inner)
+        .delayed
+        .insert(received.sequence, Instant::now() + rest);
     let what = format!("-NAK {{\"delay\":{}}}", rest.as_nanos());
     let deadline = Deadline::after(hold.link.options.takeover);
     if let Err(error) = confirm(hold, received.reply(), &what, deadline).await {
@@ -295,7 +340,9 @@ pub(super) async fn is_dead_already(hold: &Arc<Hold>, received: &Received) -> bo
     let deadline = Deadline::after(hold.link.options.takeover);
     let subject = hold.names.dead(received.sequence);
     match hold.link.last(&hold.names, &subject, deadline).await {
-        Ok(Some(_)) => confirm(hold, received.reply(), "+TERM", deadline).await.is_ok(),
+        Ok(Some(_)) => confirm(hold, received.reply(), "+TERM", deadline)
+            .await
+            .is_ok(),
         _ => false,
     }
 }

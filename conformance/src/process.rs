@@ -18,7 +18,7 @@ use tokio::process::Child;
 use crate::harness::Unavailable;
 
 /// How long a server may take to come up on a loaded machine.
-const START_WITHIN: Duration = Duration::from_secs(60);
+const START_WITHIN: Duration = Duration::from_secs(180);
 
 /// A port that was free a moment ago.
 ///

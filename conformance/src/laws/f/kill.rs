@@ -10,9 +10,9 @@ use std::{
 
 use futures_util::future::join_all as all_of;
 use tokio::task::JoinHandle;
-use wilco::QueueName;
+use wilco::{ErrorKind, QueueName};
 
-use super::{back, kill_and_start, killable};
+use super::{back, kill_and_start, killable, until_ok};
 use crate::{
     agent::{Agent, Order, Told},
     check::{CheckError, CheckResult, Cx, Evidence},
@@ -42,9 +42,14 @@ pub async fn f1_a_kill_after_the_confirm_loses_nothing(cx: &Cx) -> CheckResult {
         drop(host);
         faults.start().await?;
         let guest = cx.connect().await?;
-        let mut consumer = attach(&*guest, &name, 4).await?;
+        // A cluster's queues may need a while to find their leader; the message waits as long.
+        let conflict = |error: &wilco::Error| *error.kind() == ErrorKind::Conflict;
+        let attaching = until_ok("consume", back(cx), conflict, |by| {
+            guest.consume(&name, prefetch(4), by)
+        });
+        let mut consumer = attaching.await?;
         for id in &ids {
-            let delivery = receive(&mut *consumer).await?;
+            let delivery = receive_within(&mut *consumer, back(cx)).await?;
             same("the message", delivery.message.id.as_str(), id)?;
             same("attempt", delivery.attempt, 1)?;
             delivery.ack(long()).await?;

@@ -38,7 +38,7 @@ const TRY: Duration = Duration::from_secs(2);
 /// How long after a fault everybody is back at work by himself: the bound within which the backend
 /// says that a vanished consumer is noticed, and the time to connect and attach again.
 fn back(cx: &Cx) -> Duration {
-    cx.takeover() + Duration::from_secs(15)
+    cx.takeover() + Duration::from_secs(20)
 }
 
 /// The broker's process, to be killed. Where a law speaks of a crash it binds for what the durability
