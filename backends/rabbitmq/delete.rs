@@ -87,12 +87,16 @@ async fn delete_once(
     for other in lanes(queue) {
         let_go(core, &other, &mut told.lanes, deadline).await?;
     }
+    let mut tries = 0;
     let locked = loop {
         if let Some(channel) = try_exclusive(wire, &lane).await? {
             break channel;
         }
-        let_go(core, &lane, &mut told.lanes, deadline).await?;
+        tries += 1;
         tokio::time::sleep(AGAIN).await;
+        if tries % 25 == 0 {
+            let_go(core, &lane, &mut told.lanes, deadline).await?;
+        }
     };
     let discarded = take_down(core, wire, queue, known).await?;
     fence.keep();

@@ -27,7 +27,8 @@ pub(super) async fn try_exclusive(wire: &Wire, name: &str) -> Result<Option<Chan
         .await;
     match made.map_err(Fault::from) {
         Ok(_) => Ok(Some(channel)),
-        Err(Fault::Amqp(405, _)) => Ok(None),
+        // Not found: its last owner is about to give it back.
+        Err(Fault::Amqp(405 | 404, _)) => Ok(None),
         Err(fault) => Err(fault),
     }
 }
