@@ -289,7 +289,7 @@ async fn take_down(
 
 /// Deletes a queue; how much it had ready. One that is not there had nothing.
 async fn gone(channel: &Channel, wire: &Wire, queue: &str) -> Result<u64, Fault> {
-    let look = wire.channel().await?;
+    let look = wire.scout().await?;
     let options = QueueDeclareOptions {
         passive: true,
         ..QueueDeclareOptions::default()

@@ -31,9 +31,6 @@ use crate::{
 /// The largest body: what RabbitMQ 4 takes unless told otherwise; older ones take more.
 pub(super) const MAX_BODY_BYTES: usize = 16 * 1024 * 1024;
 
-/// How often a publish that the broker refused is tried again, each time over a fresh channel.
-const REFUSALS: u32 = 8;
-
 /// The name that a queue is bound under.
 pub(super) fn routing_key(queue: &QueueName, max_messages: Option<u64>) -> String {
     match max_messages {
@@ -112,9 +109,10 @@ pub(super) async fn store(
                     Some(found) => core.gates.learn(queue, found.max_messages),
                 }
             }
-            // A refusal that is not the gate's: the queue has no leader for a moment, or is being deleted.
-            Answer::Refused if limit.is_none() && refusals < REFUSALS => {
-                refusals += 1;
+            // Without a limit nothing is refused for being too much: the queue has no leader for a moment,
+            // or is being deleted.
+            Answer::Refused if limit.is_none() => {
+                refusals = (refusals + 1).min(8);
                 let there = find(core, queue, deadline).await;
                 if there.map_err(|error| error.with_outcome(outcome))?.is_none() {
                     return Err(no_queue().with_outcome(outcome));
@@ -123,7 +121,7 @@ pub(super) async fn store(
                 again.map_err(|error| error.with_outcome(outcome))?;
             }
             Answer::Refused => {
-                let text = "the broker refused the message: the queue is full, or has no leader";
+                let text = "the queue is full: it was made for no more messages";
                 return Err(Error::new(ErrorKind::BrokerRefused, text).with_outcome(outcome));
             }
             Answer::Lost => outcome = Outcome::Unknown,
