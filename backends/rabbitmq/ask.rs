@@ -37,6 +37,9 @@ use crate::{deadline::Deadline, error::Result};
 /// After this long without an answer it is looked whether anybody is attached still.
 const LOOK_AFTER: Duration = Duration::from_millis(50);
 
+/// How long an answer may take from one who is gone since.
+const LAST_WORD: Duration = Duration::from_millis(100);
+
 /// What a look is called; whoever is attached drops it.
 pub(super) const LOOK: &str = "look";
 
@@ -135,6 +138,8 @@ async fn delivered(
         }
         pause *= 4;
         if core.outbox.publish(look(core, lane), deadline).await == Answer::Returned {
+            // Its answer may have been its last word, and be on its way.
+            let _ = deadline.bound(tokio::time::sleep(LAST_WORD)).await;
             return Some(Asked::Nobody);
         }
     }

@@ -59,6 +59,7 @@ pub(super) struct Core {
     pub(super) id: String,
     pub(super) talk: Link,
     post: Link,
+    scout: Arc<Link>,
     pub(super) outbox: Arc<Outbox>,
     pub(super) askers: Askers,
     pub(super) gates: Gates,
@@ -101,13 +102,15 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<C
     let port = if with_tls { 5671 } else { 5672 };
     let endpoint = Arc::new(Endpoint::of(url, port, with_tls)?);
     let id = Uuid::new_v4().simple().to_string();
-    let link = |what| {
+    let link = |what, scout| {
         let name = format!("{what} {id}");
-        Link::start(Arc::clone(&endpoint), heartbeat, name)
+        Link::start(Arc::clone(&endpoint), heartbeat, name, scout)
     };
+    let scout = Arc::new(link("scout", None));
     let core = Arc::new(Core {
-        talk: link("talk"),
-        post: link("post"),
+        talk: link("talk", Some(Arc::clone(&scout))),
+        post: link("post", None),
+        scout,
         outbox: Arc::default(),
         askers: Askers::default(),
         gates: Gates::default(),
@@ -154,7 +157,7 @@ async fn post(core: Weak<Core>) {
 /// A guest may make neither, and need not: the control plane did.
 async fn exchanges(wire: &Wire) -> Result<(), Fault> {
     for (name, kind) in [(EXCHANGE, ExchangeKind::Direct), (REPLIES, ExchangeKind::Topic)] {
-        let channel = wire.channel().await?;
+        let channel = wire.scout().await?;
         let options = ExchangeDeclareOptions {
             durable: true,
             ..ExchangeDeclareOptions::default()
@@ -292,6 +295,7 @@ impl Core {
             }
             core.talk.close().await;
             core.post.close().await;
+            core.scout.close().await;
         });
         deadline.bound(closing).await.map(drop)
     }

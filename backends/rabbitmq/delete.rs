@@ -87,12 +87,16 @@ async fn delete_once(
     for other in lanes(queue) {
         let_go(core, &other, &mut told.lanes, deadline).await?;
     }
+    let mut tries = 0;
     let locked = loop {
         if let Some(channel) = try_exclusive(wire, &lane).await? {
             break channel;
         }
-        let_go(core, &lane, &mut told.lanes, deadline).await?;
+        tries += 1;
         tokio::time::sleep(AGAIN).await;
+        if tries % 25 == 0 {
+            let_go(core, &lane, &mut told.lanes, deadline).await?;
+        }
     };
     let discarded = take_down(core, wire, queue, known).await?;
     fence.keep();
@@ -285,7 +289,7 @@ async fn take_down(
 
 /// Deletes a queue; how much it had ready. One that is not there had nothing.
 async fn gone(channel: &Channel, wire: &Wire, queue: &str) -> Result<u64, Fault> {
-    let look = wire.channel().await?;
+    let look = wire.scout().await?;
     let options = QueueDeclareOptions {
         passive: true,
         ..QueueDeclareOptions::default()

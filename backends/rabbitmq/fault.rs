@@ -30,7 +30,7 @@ impl Fault {
                 format!("the connection broke: {why}"),
             ),
             Self::Amqp(403, text) => Error::new(ErrorKind::AuthRefused, text),
-            Self::Amqp(404, _) => super::no_queue(),
+            Self::Amqp(404, text) => Error::new(ErrorKind::NoQueue, text),
             Self::Amqp(code, text) => Error::new(
                 ErrorKind::BrokerRefused,
                 format!("the broker refused: {code} {text}"),

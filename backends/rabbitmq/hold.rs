@@ -78,8 +78,10 @@ pub(super) const LET_GO: &str = "let-go";
 pub(super) const GONE: &str = "gone";
 pub(super) const STAYS: &str = "stays";
 
-/// How long a holder that let go waits for what becomes of the queue.
-pub(super) const VERDICT: Duration = Duration::from_secs(60);
+/// How long a holder that let go waits for what becomes of the queue, and how often it looks itself.
+const LOOK: Duration = Duration::from_millis(500);
+
+const VERDICT: Duration = Duration::from_secs(30);
 
 pub(super) fn conflict() -> Error {
     Error::new(
@@ -665,17 +667,33 @@ impl Station {
             .await?
             .ok_or_else(|| Fault::Lost("a name of our own is taken".into()))?;
         let mut verdicts = listen(&channel, &tell).await?;
+        // Told before the lane goes: whoever asks takes its end for an answer.
+        let word = LetGo { tell: tell.clone() };
+        let word = back.answer(&holder.core, serde_json::to_vec(&word).unwrap_or_default().into());
+        let patience = Deadline::after(holder.core.heartbeat);
+        holder.core.outbox.publish(word, patience).await;
         let options = QueueDeleteOptions::default();
         self.channel
             .queue_delete(self.lane.as_str().into(), options)
             .await?;
-        say(&holder.core, back, &LetGo { tell: tell.clone() });
-        let verdict = tokio::select! {
-            verdict = tokio::time::timeout(VERDICT, verdicts.next()) => verdict,
-            () = self.wire.until_dead() => return Ok(Exit::Lost),
-        };
         let mut exit = Exit::Lost;
-        if let Ok(Some(Ok(word))) = verdict {
+        let until = Instant::now() + VERDICT;
+        let verdict = loop {
+            tokio::select! {
+                verdict = verdicts.next() => break verdict,
+                () = tokio::time::sleep(LOOK) => {
+                    if topology::counts(&self.wire, &holder.queue).await?.is_none() {
+                        exit = Exit::Over(End::QueueDeleted);
+                        break None;
+                    }
+                    if Instant::now() > until {
+                        break None;
+                    }
+                }
+                () = self.wire.until_dead() => return Ok(Exit::Lost),
+            }
+        };
+        if let Some(Ok(word)) = verdict {
             let kind = word.properties.kind().as_ref().map(|kind| kind.to_string());
             if kind.as_deref() == Some(GONE) {
                 exit = Exit::Over(End::QueueDeleted);

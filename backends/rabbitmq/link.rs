@@ -1,7 +1,9 @@
 //! One connection that is made again for as long as it is wanted (law F5).
 //!
-//! A handle has two. Everything is published over one, and everything else goes over the other: a
-//! broker with an alarm stops reading from whoever publishes, and only there.
+//! A handle has three. Everything is published over one, because a broker with an alarm stops reading
+//! from whoever publishes, and only there. What may be refused is asked over the second: a refusal ends
+//! its channel, and the client library never uses that channel's number again, though it gives it out;
+//! so this connection wears out, and is made anew. Everything else goes over the third.
 
 use std::{
     sync::{
@@ -18,7 +20,7 @@ use lapin::{
     uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism},
 };
 use secrecy::ExposeSecret as _;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::fault::{Fault, code};
 use crate::{
@@ -31,6 +33,9 @@ use crate::{
 /// How long one attempt to connect may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
 
+/// How many numbers in turn may be of no use until a connection is worn out.
+const WORN: usize = 64;
+
 /// How often a connection is looked at that told nothing.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -41,6 +46,9 @@ pub(super) struct Wire {
     pub(super) generation: u64,
     /// Where it goes, where that is no TLS.
     pub(super) plain: Option<Host>,
+    scout: Option<Arc<Link>>,
+    /// It has to be made anew.
+    worn: Notify,
     dead: watch::Sender<bool>,
 }
 
@@ -52,7 +60,28 @@ impl std::fmt::Debug for Wire {
 
 impl Wire {
     pub(super) async fn channel(&self) -> Result<Channel, Fault> {
-        Ok(self.connection.create_channel().await?)
+        // A number whose last channel was refused something fails with that old refusal.
+        for _ in 0..WORN {
+            match self.connection.create_channel().await.map_err(Fault::from) {
+                Err(Fault::Amqp(..)) => {}
+                done => return done,
+            }
+        }
+        self.worn.notify_one();
+        Err(Fault::Lost("it has too few channels left".into()))
+    }
+
+    /// A channel for what may be refused.
+    pub(super) async fn scout(&self) -> Result<Channel, Fault> {
+        match &self.scout {
+            Some(link) => {
+                let wire = link.wire(Deadline::after(ATTEMPT)).await;
+                wire.map_err(|error| Fault::Lost(error.to_string()))?
+                    .channel()
+                    .await
+            }
+            None => self.channel().await,
+        }
     }
 
     /// Waits for the connection to break.
@@ -86,13 +115,19 @@ pub(super) struct Link {
 
 impl Link {
     /// Starts connecting. It ends when this is dropped or closed.
-    pub(super) fn start(endpoint: Arc<Endpoint>, heartbeat: Duration, name: String) -> Self {
+    pub(super) fn start(
+        endpoint: Arc<Endpoint>,
+        heartbeat: Duration,
+        name: String,
+        scout: Option<Arc<Self>>,
+    ) -> Self {
         let (sender, now) = watch::channel(Now::Down(None));
         let closed = watch::Sender::new(false);
         tokio::spawn(supervise(
             endpoint,
             heartbeat,
             name,
+            scout,
             sender,
             closed.subscribe(),
         ));
@@ -148,6 +183,7 @@ async fn supervise(
     endpoint: Arc<Endpoint>,
     heartbeat: Duration,
     name: String,
+    scout: Option<Arc<Link>>,
     now: watch::Sender<Now>,
     mut closed: watch::Receiver<bool>,
 ) {
@@ -174,11 +210,18 @@ async fn supervise(
                     connection,
                     generation: GENERATIONS.fetch_add(1, Ordering::Relaxed),
                     plain: endpoint.tls.is_none().then(|| host.clone()),
+                    scout: scout.clone(),
+                    worn: Notify::new(),
                     dead: watch::Sender::new(false),
                 });
                 now.send_replace(Now::Up(Arc::clone(&wire)));
                 let ended = tokio::select! {
                     why = death(&wire.connection) => Some(why),
+                    () = wire.worn.notified() => {
+                        let goodbye = wire.connection.close(200, "worn".into());
+                        let _ = tokio::time::timeout(Duration::from_secs(2), goodbye).await;
+                        Some("it was worn out".to_owned())
+                    }
                     () = unwanted(&now) => None,
                 };
                 let Some(why) = ended else {

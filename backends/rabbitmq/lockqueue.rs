@@ -1,7 +1,7 @@
 //! A lock on the broker: an exclusive queue, which one connection at a time can have, and which is gone
 //! with it.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use lapin::{
     Channel,
@@ -10,10 +10,12 @@ use lapin::{
 };
 
 use super::{
+    ask::is_attended,
     connection::{AGAIN, Core},
     fault::Fault,
     link::Wire,
 };
+use crate::deadline::Deadline;
 
 /// Makes an exclusive queue. `Ok(None)`: another connection has it.
 pub(super) async fn try_exclusive(wire: &Wire, name: &str) -> Result<Option<Channel>, Fault> {
@@ -27,7 +29,8 @@ pub(super) async fn try_exclusive(wire: &Wire, name: &str) -> Result<Option<Chan
         .await;
     match made.map_err(Fault::from) {
         Ok(_) => Ok(Some(channel)),
-        Err(Fault::Amqp(405, _)) => Ok(None),
+        // Not found: its last owner is about to give it back.
+        Err(Fault::Amqp(405 | 404, _)) => Ok(None),
         Err(fault) => Err(fault),
     }
 }
@@ -43,7 +46,12 @@ pub(super) struct Guard {
 /// Waits for the lock. Whoever waits is bound by a deadline of its own.
 pub(super) async fn take(core: &Arc<Core>, wire: &Wire, name: String) -> Result<Guard, Fault> {
     let turn = core.turn(&name).lock_owned().await;
+    let look = Deadline::after(Duration::from_secs(60));
     loop {
+        // A refusal costs a channel for good; a look costs nothing.
+        while is_attended(core, &name, look).await? {
+            tokio::time::sleep(AGAIN).await;
+        }
         if let Some(channel) = try_exclusive(wire, &name).await? {
             return Ok(Guard {
                 channel: Some(channel),

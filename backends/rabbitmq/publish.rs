@@ -85,6 +85,7 @@ pub(super) async fn store(
     }
     // Whether an earlier copy may be there: then no later refusal says that none is.
     let mut outcome = Outcome::NotStored;
+    let mut refusals = 0;
     loop {
         let limit = core.gates.limit(queue);
         let answer = match limit {
@@ -108,8 +109,19 @@ pub(super) async fn store(
                     Some(found) => core.gates.learn(queue, found.max_messages),
                 }
             }
+            // Without a limit nothing is refused for being too much: the queue has no leader for a moment,
+            // or is being deleted.
+            Answer::Refused if limit.is_none() => {
+                refusals = (refusals + 1).min(8);
+                let there = find(core, queue, deadline).await;
+                if there.map_err(|error| error.with_outcome(outcome))?.is_none() {
+                    return Err(no_queue().with_outcome(outcome));
+                }
+                let again = deadline.bound(tokio::time::sleep(AGAIN * refusals)).await;
+                again.map_err(|error| error.with_outcome(outcome))?;
+            }
             Answer::Refused => {
-                let text = "the broker refused the message: the queue is full, or has no leader";
+                let text = "the queue is full: it was made for no more messages";
                 return Err(Error::new(ErrorKind::BrokerRefused, text).with_outcome(outcome));
             }
             Answer::Lost => outcome = Outcome::Unknown,

@@ -42,7 +42,7 @@ pub(super) struct Counts {
 
 /// `None`: there is no such queue.
 pub(super) async fn counts(wire: &Wire, queue: &QueueName) -> Result<Option<Counts>, Fault> {
-    let channel = wire.channel().await?;
+    let channel = wire.scout().await?;
     let look = |name: String| {
         let options = QueueDeclareOptions {
             passive: true,
@@ -126,7 +126,7 @@ pub(super) async fn probe(wire: &Wire, queue: &QueueName) -> Result<Option<Found
         if let Some(known) = max_length {
             asked = arguments(delivery_limit.unwrap_or(IMPOSSIBLE), known, queue);
         }
-        let channel = wire.channel().await?;
+        let channel = wire.scout().await?;
         let refused = channel
             .queue_declare(queue.as_str().into(), index::declare_options(), asked)
             .await;

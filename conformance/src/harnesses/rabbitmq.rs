@@ -158,7 +158,7 @@ fn program() -> Result<String, String> {
 fn script() -> String {
     "ulimit -n 65536 2>/dev/null || ulimit -n 4096\n\
      setsid sh -c 'while kill -0 $0 2>/dev/null && kill -0 $1 2>/dev/null; do sleep 1; done; \
-     if kill -0 $1 2>/dev/null; then kill -KILL -- -$1; rm -rf \"$2\"; fi' \
+     if kill -0 $1 2>/dev/null; then kill -9 -$1; rm -rf \"$2\"; fi' \
      $PARENT $$ \"$DIRECTORY\" </dev/null >/dev/null 2>&1 &\n\
      epmd -port $ERL_EPMD_PORT -address 127.0.0.1 </dev/null >/dev/null 2>&1 &\n\
      exec \"$PROGRAM\"\n"
