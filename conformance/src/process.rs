@@ -94,6 +94,8 @@ impl Process {
             command.process_group(0);
         }
         command.stdin(Stdio::null()).stdout(log).stderr(copy);
+        // What it leaves behind when it is killed, a core file say, goes with the directory.
+        command.current_dir(self.directory());
         let program = command.get_program().to_string_lossy().into_owned();
         let child = tokio::process::Command::from(command)
             .kill_on_drop(true)

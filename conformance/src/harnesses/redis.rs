@@ -204,7 +204,9 @@ impl Faults for RedisServer {
         };
         match set.await {
             Ok(answer) if answer == ["OK"] => Ok(()),
-            other => Err(Unavailable::because(format!("maxmemory is not set: {other:?}"))),
+            other => Err(Unavailable::because(format!(
+                "maxmemory is not set: {other:?}"
+            ))),
         }
     }
 }
