@@ -108,9 +108,12 @@ pub(super) struct Lane {
 
 impl Lane {
     pub(super) fn detach(&self) {
-        let _ = self
-            .state
-            .compare_exchange(ATTACHED, LEAVING, Ordering::AcqRel, Ordering::Acquire);
+        let _ = self.state.compare_exchange(
+            ATTACHED,
+            LEAVING,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
         self.leave.notify_one();
     }
 
@@ -209,9 +212,7 @@ async fn attend(
                 };
                 if over || lane.is_leaving() {
                     let options = QueueDeleteOptions::default();
-                    let _ = channel
-                        .queue_delete(lane.name.as_str().into(), options)
-                        .await;
+                    let _ = channel.queue_delete(lane.name.as_str().into(), options).await;
                     let _ = channel.close(200, "done".into()).await;
                     break;
                 }

@@ -204,9 +204,7 @@ impl Faults for RedisServer {
         };
         match set.await {
             Ok(answer) if answer == ["OK"] => Ok(()),
-            other => Err(Unavailable::because(format!(
-                "maxmemory is not set: {other:?}"
-            ))),
+            other => Err(Unavailable::because(format!("maxmemory is not set: {other:?}"))),
         }
     }
 }
