@@ -26,8 +26,11 @@ use crate::error::{Error, ErrorKind, Result};
 /// | scheme | option | value |
 /// | --- | --- | --- |
 /// | `sqlite` | `sync` | `full` (the default): synced to disk before Ok, survives a power cut. `normal`, `off`: survives a kill of the process alone |
+/// | `amqp`, `amqps` | `heartbeat` | `2s` (the default), whole seconds up to `60s`: a peer that is gone is noticed after three of them at the most |
+/// | | `fresh` | `2s` (the default), whole seconds up to `60s`: the first publish to a queue waits until the queue is this old, because a power cut would take a younger one; `0s`: it does not wait, and no power cut is claimed to be survived |
 /// | `amqps`, `tls`, `rediss` | `ca` | a PEM file: trust these authorities and no others |
 /// | | `cert`, `key` | PEM files: a client's certificate and its key |
+/// | `redis`, `rediss` | `lease` | `3s` (the default), 1 s to 60 s: how long a consumer or a lane is kept for one that gives no sign of life, and how long a connection may give none |
 #[derive(Clone)]
 pub struct BrokerUrl {
     url: Url,

@@ -143,7 +143,7 @@ impl Error {
     }
 
     /// Takes away what is known about a message, where the operation was not about one.
-    #[cfg(feature = "sqlite")]
+    #[cfg(any(feature = "sqlite", feature = "rabbitmq"))]
     #[must_use]
     pub(crate) fn without_outcome(mut self) -> Self {
         self.0.outcome = None;

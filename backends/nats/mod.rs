@@ -1,21 +1,213 @@
 //! NATS JetStream.
+//!
+//! A queue is a stream of its own, of the work-queue kind, so that the server itself says that there is no
+//! such queue, that it is full, and that it has its consumer already (`topology`, `attach`). Messages go in
+//! by a publish whose confirm is awaited (`publish`) and come out by pulls that are bounded by the prefetch
+//! (`consume`); their leases are kept by progress acks (`keep`) and end with acks that the server confirms
+//! (`settle`). What the server does not keep is in a small message beside them (`notes`). Dead letters are
+//! messages of the same stream under other subjects (`dead`). Requests go over core NATS (`requests`).
+//!
+//! For a queue `wilco.q.vm-0042.1` there are, with its name shortened to `Q`:
+//!
+//! | subject | what |
+//! | --- | --- |
+//! | `Q.in` | messages, in the stream `wilco~q~vm-0042~1`; see `form` for their headers |
+//! | `Q.dead.<sequence>` | dead letters, in the same stream |
+//! | `Q.a`, `Q.b` | the notes, in the same stream: one copy, at times two |
+//! | `Q.lock` | nothing; whoever has made the consumer of it is attached |
+//! | `Q.hold.<token>`, `Q.held` | where the attached consumer says that it lives, and what it holds |
+//! | `Q.ping`, `Q.lane.<token>` | the lane of requests, and where its responder says that it lives |
+//! | `wilco.lane.q.vm-0042.1` | the claim to the lane, in the stream `wilco~lanes`, in memory |
+//!
+//! The client connects again by itself, and what it was handed while it could not send it sends later or
+//! throws away, without a word. So nothing is handed to it while there is no connection, every call has an
+//! inbox of ours and its own deadline, and what has no answer when the connection was made again is sent
+//! again (`connection`).
 
-use std::sync::Arc;
+mod api;
+mod attach;
+mod connection;
+mod consume;
+mod dead;
+mod durability;
+mod form;
+mod keep;
+mod names;
+mod notes;
+mod options;
+mod publish;
+mod requests;
+mod settle;
+mod tls;
+mod topology;
 
+use std::{num::NonZeroU32, sync::Arc};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use self::{connection::Link, options::Options};
 use crate::{
-    broker::Broker,
+    broker::{
+        Broker, ConsumeOptions, Consumer, DeadLetter, DeadLetterKey, Declared, DeleteMode,
+        Discarded, QueueSpec, QueueStatus, Receipt, Responder,
+    },
     broker_url::BrokerUrl,
     deadline::Deadline,
-    error::{Error, ErrorKind, Result},
+    durability::DurabilityReport,
+    error::{Error, ErrorKind, Outcome, Result},
+    message::Message,
+    names::{GuestAddress, QueueName},
 };
 
+/// The backend's name.
+const BACKEND: &str = "nats";
+
 pub(crate) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<dyn Broker>> {
-    let endpoint = crate::endpoint::Endpoint::of(url, 1, false)?;
-    Err(Error::new(
-        ErrorKind::BrokerUnreachable,
-        format!(
-            "{endpoint:?} by {deadline:?} {:?}",
-            crate::endpoint::TLS_OPTIONS
-        ),
-    ))
+    let connecting = async {
+        let link = Link::open(Options::read(url)?, deadline).await?;
+        durability::preflight(&link, deadline).await?;
+        tokio::spawn(durability::watch(Arc::downgrade(&link)));
+        Ok(link)
+    };
+    let link = connecting
+        .await
+        .map_err(|error: Error| error.with_operation("connect").with_backend(BACKEND))?;
+    Ok(Arc::new(Nats { link }))
+}
+
+/// One handle.
+#[derive(Debug)]
+struct Nats {
+    link: Arc<Link>,
+}
+
+/// Says where an error happened.
+fn at(operation: &'static str, queue: &QueueName) -> impl Fn(Error) -> Error {
+    move |error| {
+        error
+            .with_operation(operation)
+            .with_queue(queue)
+            .with_backend(BACKEND)
+    }
+}
+
+fn no_queue() -> Error {
+    Error::new(ErrorKind::NoQueue, "the queue does not exist")
+}
+
+fn closed() -> Error {
+    Error::new(ErrorKind::Closed, "the broker handle was closed")
+}
+
+#[async_trait]
+impl Broker for Nats {
+    fn backend(&self) -> &'static str {
+        BACKEND
+    }
+
+    async fn declare(&self, spec: &QueueSpec, deadline: Deadline) -> Result<Declared> {
+        topology::declare(&self.link, spec, deadline)
+            .await
+            .map_err(at("declare", &spec.name))
+    }
+
+    async fn status(&self, queue: &QueueName, deadline: Deadline) -> Result<QueueStatus> {
+        topology::status(&self.link, queue, deadline)
+            .await
+            .map_err(at("status", queue))
+    }
+
+    async fn list(&self, deadline: Deadline) -> Result<Vec<QueueStatus>> {
+        topology::list(&self.link, deadline)
+            .await
+            .map_err(|error| error.with_operation("list").with_backend(BACKEND))
+    }
+
+    async fn delete(
+        &self,
+        queue: &QueueName,
+        mode: DeleteMode,
+        deadline: Deadline,
+    ) -> Result<Discarded> {
+        topology::delete(&self.link, queue, mode, deadline)
+            .await
+            .map_err(at("delete", queue))
+    }
+
+    async fn publish(
+        &self,
+        queue: &QueueName,
+        message: Message,
+        deadline: Deadline,
+    ) -> Result<Receipt> {
+        publish::publish(&self.link, queue, message, deadline)
+            .await
+            .map_err(|error| {
+                // Whatever has no other outcome failed before a byte of it left.
+                let outcome = error.outcome().unwrap_or(Outcome::NotStored);
+                at("publish", queue)(error).with_outcome(outcome)
+            })
+    }
+
+    async fn consume(
+        &self,
+        queue: &QueueName,
+        options: ConsumeOptions,
+        deadline: Deadline,
+    ) -> Result<Box<dyn Consumer>> {
+        consume::consume(&self.link, queue, options, deadline)
+            .await
+            .map_err(at("consume", queue))
+    }
+
+    async fn dead_letters(
+        &self,
+        queue: &QueueName,
+        after: Option<&DeadLetterKey>,
+        limit: NonZeroU32,
+        deadline: Deadline,
+    ) -> Result<Vec<DeadLetter>> {
+        dead::dead_letters(&self.link, queue, after, limit, deadline)
+            .await
+            .map_err(at("dead_letters", queue))
+    }
+
+    async fn redrive(
+        &self,
+        queue: &QueueName,
+        key: &DeadLetterKey,
+        deadline: Deadline,
+    ) -> Result<bool> {
+        dead::redrive(&self.link, queue, key, deadline)
+            .await
+            .map_err(at("redrive", queue))
+    }
+
+    async fn request(&self, lane: &GuestAddress, body: Bytes, deadline: Deadline) -> Result<Bytes> {
+        let queue = lane.queue();
+        requests::request(&self.link, &queue, body, deadline)
+            .await
+            .map_err(at("request", &queue))
+    }
+
+    async fn respond(&self, lane: &GuestAddress, deadline: Deadline) -> Result<Box<dyn Responder>> {
+        let queue = lane.queue();
+        requests::respond(&self.link, &queue, deadline)
+            .await
+            .map_err(at("respond", &queue))
+    }
+
+    async fn durability(&self, deadline: Deadline) -> Result<DurabilityReport> {
+        durability::report(&self.link, deadline)
+            .await
+            .map_err(|error| error.with_operation("durability").with_backend(BACKEND))
+    }
+
+    async fn close(&self, deadline: Deadline) -> Result<()> {
+        self.link
+            .close(deadline)
+            .await
+            .map_err(|error| error.with_operation("close").with_backend(BACKEND))
+    }
 }

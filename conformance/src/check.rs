@@ -34,6 +34,19 @@ impl Check {
     /// No check may take longer than this: nothing waits for ever (law P9), the suite neither.
     pub const LIMIT: Duration = Duration::from_secs(180);
 
+    /// The same for those that break their broker (section F): starting it again takes its time.
+    pub const LIMIT_WITH_FAULTS: Duration = Duration::from_secs(900);
+
+    /// How long this one may take.
+    #[must_use]
+    pub fn limit(&self) -> Duration {
+        if self.law.starts_with('F') {
+            Self::LIMIT_WITH_FAULTS
+        } else {
+            Self::LIMIT
+        }
+    }
+
     /// Whether it restarts or breaks its broker: its law (section F) or its name says so.
     #[must_use]
     pub fn usage(&self) -> Use {
@@ -54,10 +67,10 @@ impl Check {
                     options: options.clone(),
                     law: self.law,
                 };
-                match tokio::time::timeout(Self::LIMIT, (self.run)(&cx)).await {
+                match tokio::time::timeout(self.limit(), (self.run)(&cx)).await {
                     Ok(result) => result,
                     Err(_) => Err(CheckError::failed(
-                        format!("the check ends within {:?}", Self::LIMIT),
+                        format!("the check ends within {:?}", self.limit()),
                         "something in it still waited",
                     )),
                 }
@@ -97,16 +110,23 @@ pub struct Options {
     pub agent: Option<PathBuf>,
     /// Where histories of failed runs are kept.
     pub histories: PathBuf,
+    /// How often a broker is killed where the law says fifty times (law F1).
+    pub kills: usize,
+    /// How long a broker is down where the law says a minute (law F5).
+    pub outage: Duration,
 }
 
 impl Options {
-    /// These options, with histories kept in the system's temporary directory.
+    /// These options, with histories kept in the system's temporary directory, and with as many and as
+    /// long faults as the laws say.
     #[must_use]
     pub fn new(seed: u64, agent: Option<PathBuf>) -> Self {
         Self {
             seed,
             agent,
             histories: std::env::temp_dir(),
+            kills: 50,
+            outage: Duration::from_secs(60),
         }
     }
 }

@@ -4,6 +4,7 @@ use std::{
     io::{self, Write},
     path::PathBuf,
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
@@ -53,6 +54,12 @@ enum Command {
         /// Keep the histories of failed runs in this directory.
         #[arg(long, default_value_os_t = std::env::temp_dir())]
         histories: PathBuf,
+        /// How often a broker is killed where the law says fifty times (F1).
+        #[arg(long, default_value_t = 50)]
+        kills: usize,
+        /// For how many seconds a broker is down where the law says a minute (F5).
+        #[arg(long, default_value_t = 60)]
+        outage: u64,
         /// List the checks and end.
         #[arg(long)]
         list: bool,
@@ -91,12 +98,16 @@ pub async fn main() -> ExitCode {
             seed,
             report,
             histories,
+            kills,
+            outage,
             ..
         } => {
             let seed = seed.unwrap_or_else(|| fastrand::u64(..1 << 32));
             let agent = std::env::current_exe().ok();
             let options = Options {
                 histories,
+                kills,
+                outage: Duration::from_secs(outage),
                 ..Options::new(seed, agent)
             };
             run(&mut out, &brokers, &laws, &checks, &options, report).await

@@ -4,7 +4,7 @@
 use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use wilco::{Broker, QueueName, durability::Level};
+use wilco::{Broker, Deadline, QueueName, durability::Level};
 
 /// A thing that this harness cannot do here, and why. It is reported as "not run", never as a pass
 /// (law X2).
@@ -118,6 +118,30 @@ pub trait Faults: Send + Sync + fmt::Debug {
 
     /// The URL that reaches the broker by way of another address: a proxy's.
     fn url_via(&self, proxy: SocketAddr) -> String;
+
+    /// Opens a handle through the backend under test by way of another address, waiting until the
+    /// deadline for what is not there.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    async fn connect_via(
+        &self,
+        proxy: SocketAddr,
+        deadline: Deadline,
+    ) -> wilco::Result<Arc<dyn Broker>> {
+        wilco::connect_by(&self.url_via(proxy), deadline).await
+    }
+
+    /// Makes the broker refuse to store, as it does when its memory or disk runs out, or lets it
+    /// store again (law F9).
+    ///
+    /// # Errors
+    /// [`Unavailable`] where that cannot be done from here.
+    async fn alarm(&self, _on: bool) -> Result<(), Unavailable> {
+        Err(Unavailable::because(
+            "this harness has no way to raise a memory or disk alarm",
+        ))
+    }
 }
 
 /// What is known of a broker without asking the backend under test.

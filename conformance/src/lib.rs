@@ -4,6 +4,7 @@
 //! The house, from the ground up:
 //! - [`harness`]: what the author of a backend brings, and [`harnesses`]: those that are here;
 //! - [`process`]: a broker's server as a private process that can be killed and paused;
+//! - [`proxy`]: a network in front of it that can be cut, slowed and made to swallow;
 //! - [`check`]: what a check is, what it runs in, what it gives back;
 //! - [`ledger`]: the append-only history, and what it says in the end (section L);
 //! - [`agent`]: a second process that can be killed and paused;
@@ -22,8 +23,10 @@ pub mod laws;
 pub mod ledger;
 pub mod power;
 pub mod process;
+pub mod proxy;
 pub mod reference;
 pub mod registry;
 pub mod report;
 pub mod saboteurs;
 mod support;
+mod workload;

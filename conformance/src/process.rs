@@ -18,7 +18,7 @@ use tokio::process::Child;
 use crate::harness::Unavailable;
 
 /// How long a server may take to come up on a loaded machine.
-const START_WITHIN: Duration = Duration::from_secs(60);
+const START_WITHIN: Duration = Duration::from_secs(180);
 
 /// A port that was free a moment ago.
 ///
@@ -94,6 +94,8 @@ impl Process {
             command.process_group(0);
         }
         command.stdin(Stdio::null()).stdout(log).stderr(copy);
+        // What it leaves behind when it is killed, a core file say, goes with the directory.
+        command.current_dir(self.directory());
         let program = command.get_program().to_string_lossy().into_owned();
         let child = tokio::process::Command::from(command)
             .kill_on_drop(true)
@@ -133,12 +135,22 @@ impl Process {
         self.end(Signal::TERM).await
     }
 
-    /// Stops it where it stands.
+    /// Stops it where it stands, and returns when each of its threads stands still: one that still ran
+    /// could answer what is sent after this.
     ///
     /// # Errors
-    /// It is not running.
+    /// It is not running, or goes on running.
     pub fn pause(&self) -> Result<(), Unavailable> {
-        self.signal(Signal::STOP)
+        self.signal(Signal::STOP)?;
+        let group = self.child().as_ref().and_then(group_of);
+        let started = Instant::now();
+        while group.is_some_and(runs) {
+            if started.elapsed() > Duration::from_secs(5) {
+                return Err(Unavailable::because("the server does not stand still"));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Lets it go on.
@@ -193,6 +205,28 @@ impl Drop for Process {
 
 fn group_of(child: &Child) -> Option<Pid> {
     Pid::from_raw(i32::try_from(child.id()?).ok()?)
+}
+
+/// Whether a thread of any process of this group is neither stopped nor gone, as far as the system
+/// shows: one without `/proc` shows nothing.
+fn runs(group: Pid) -> bool {
+    let entries = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten();
+    entries(Path::new("/proc")).any(|process| {
+        let of_group = stat(&process.path()).is_some_and(|(_, of)| of == group.as_raw_pid());
+        of_group
+            && entries(&process.path().join("task"))
+                .filter_map(|thread| stat(&thread.path()))
+                .any(|(state, _)| !matches!(state, 'T' | 't' | 'Z' | 'X'))
+    })
+}
+
+/// The state and the process group of a process or thread.
+fn stat(directory: &Path) -> Option<(char, i32)> {
+    let stat = std::fs::read_to_string(directory.join("stat")).ok()?;
+    // The program's name is in brackets, and may have some of its own.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let state = fields.next()?.chars().next()?;
+    Some((state, fields.nth(1)?.parse().ok()?))
 }
 
 impl std::fmt::Debug for Process {

@@ -210,6 +210,43 @@ fn a_refused_attempt_explains_nothing() {
 }
 
 #[test]
+fn an_outage_within_an_attempt_explains_one_copy_more() {
+    let [a, b] = stored("m");
+    let first = [delivery("m", 1), acked("m")];
+    let again = [delivery("m", 1), acked("m")];
+    let within = [a.clone(), Event::Down, Event::Up, b.clone()];
+    let explained = [&within[..], &first, &again, &[drained()]].concat();
+    let said = verdict(explained);
+    assert!(said.is_clean(), "{said}");
+    assert_eq!(said.resent, 1);
+    // A third is one too many.
+    let third = [&within[..], &first, &again, &again, &[drained()]].concat();
+    assert_eq!(verdict(third).duplicate_after_ack.len(), 1);
+    // It began in the middle of one, and has no answer yet.
+    let begun = [Event::Down, a.clone(), Event::Up];
+    let explained = [&begun[..], &first, &again, &[b.clone(), drained()]].concat();
+    assert!(verdict(explained).is_clean());
+    // Outages before and after it explain nothing.
+    let beside = [Event::Down, Event::Up, a, b, Event::Down];
+    let unexplained = [&beside[..], &first, &again, &[Event::Up, drained()]].concat();
+    assert_eq!(verdict(unexplained).duplicate_after_ack.len(), 1);
+}
+
+#[test]
+fn an_outage_does_not_explain_what_was_refused() {
+    let [refused, no] = [attempt("m"), answer("m", Answer::NotStored)];
+    let events = [
+        refused,
+        Event::Down,
+        Event::Up,
+        no,
+        delivery("m", 1),
+        drained(),
+    ];
+    assert_eq!(verdict(events).phantom.len(), 1);
+}
+
+#[test]
 fn delivered_after_unknown_is_recovered_and_after_nothing_too() {
     let unknown = answer("m", Answer::Unknown);
     let events = [

@@ -1,28 +1,57 @@
 //! Law X1: the suite fails every saboteur, by the check that has to catch it. That the same checks
 //! pass on the broker that was not sabotaged is `tests/reference.rs`.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use futures_util::{StreamExt, stream};
 use wilco_conformance::{
     check::{CheckError, Options},
-    harnesses::Reference,
-    registry,
-    saboteurs::{self, Sabotaged},
+    harnesses, registry,
+    saboteurs::{self, Sabotaged, Saboteur},
 };
+
+/// A real broker whose process is quickly killed and started: what section F needs.
+const WITH_A_PROCESS: &str = "redis";
 
 /// Each one runs into its check; all of them at once, for most of the time is spent waiting for
 /// what a saboteur keeps back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn x1_every_saboteur_is_caught_by_its_check() {
+    let (_, plain) = saboteurs();
+    caught(plain, "reference", 12).await;
+}
+
+/// The same for those that do well until a process is killed or a network breaks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn x1_every_saboteur_of_faults_is_caught_by_its_check() {
+    let (faults, _) = saboteurs();
+    caught(faults, WITH_A_PROCESS, 3).await;
+}
+
+/// Those whose check breaks its broker, and the others.
+fn saboteurs() -> (Vec<Saboteur>, Vec<Saboteur>) {
+    let breaks = |saboteur: &Saboteur| saboteur.caught_by.starts_with('f');
+    let only = std::env::var("WILCO_SABOTEUR").ok();
+    let asked = |saboteur: &Saboteur| only.as_deref().is_none_or(|only| only == saboteur.name);
+    saboteurs::all().into_iter().filter(asked).partition(breaks)
+}
+
 #[expect(
     clippy::print_stdout,
     reason = "a test's output is where its evidence is read"
 )]
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn x1_every_saboteur_is_caught_by_its_check() {
-    let runs = saboteurs::all().into_iter().map(|saboteur| async move {
+async fn caught(saboteurs: Vec<Saboteur>, base: &str, at_once: usize) {
+    let runs = saboteurs.into_iter().map(|saboteur| async move {
         let check = registry::find(saboteur.caught_by).expect("the table names checks");
-        let harness = Sabotaged::new(Box::new(Reference), saboteur);
-        let outcome = check.run_on(&harness, &Options::new(1, None)).await;
+        let base = harnesses::find(base).expect("a harness of this package");
+        let harness = Sabotaged::new(base, saboteur);
+        let agent = env!("CARGO_BIN_EXE_wilco-conformance");
+        let options = Options {
+            kills: 3,
+            outage: Duration::from_secs(3),
+            ..Options::new(1, Some(agent.into()))
+        };
+        let outcome = check.run_on(&harness, &options).await;
         match outcome.result {
             Err(CheckError::Failed(failure)) => {
                 let time = outcome.elapsed;
@@ -36,7 +65,7 @@ async fn x1_every_saboteur_is_caught_by_its_check() {
         }
     });
     let missed: Vec<_> = stream::iter(runs)
-        .buffer_unordered(12)
+        .buffer_unordered(at_once)
         .filter_map(std::future::ready)
         .collect()
         .await;

@@ -4,7 +4,7 @@
 
 mod process;
 
-use std::process::Stdio;
+use std::{process::Stdio, time::Duration};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
@@ -20,8 +20,10 @@ use crate::{
     check::{CheckError, Cx},
     harness::Unavailable,
     ledger::Entry,
-    support::LONG,
 };
+
+/// A broker may be killed and started again between two lines.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What an agent is told.
 #[derive(Debug, Serialize, Deserialize)]
@@ -148,6 +150,12 @@ impl Agent {
         })
     }
 
+    /// The process as histories name it; 0 once it is gone.
+    #[must_use]
+    pub fn process(&self) -> u32 {
+        self.child.id().unwrap_or(0)
+    }
+
     /// Sends an order without waiting for what comes of it.
     ///
     /// # Errors
@@ -172,7 +180,7 @@ impl Agent {
         let bad = |seen: &dyn std::fmt::Display| {
             CheckError::failed("the second process tells what it did", seen)
         };
-        let line = tokio::time::timeout(LONG, self.told.next_line())
+        let line = tokio::time::timeout(PATIENCE, self.told.next_line())
             .await
             .map_err(|_| bad(&"nothing for too long"))?
             .map_err(|error| bad(&error))?;

@@ -2,9 +2,15 @@
 
 mod embedded;
 mod handles;
+mod nats;
+mod rabbitmq;
+mod redis;
 mod reference;
 
 pub use embedded::{Memory, Sqlite};
+pub use nats::Nats;
+pub use rabbitmq::RabbitMq;
+pub use redis::Redis;
 pub use reference::Reference;
 
 use crate::harness::Harness;
@@ -12,7 +18,14 @@ use crate::harness::Harness;
 /// Every harness.
 #[must_use]
 pub fn all() -> Vec<Box<dyn Harness>> {
-    vec![Box::new(Sqlite), Box::new(Memory), Box::new(Reference)]
+    vec![
+        Box::new(Sqlite),
+        Box::new(Memory),
+        Box::new(Nats),
+        Box::new(RabbitMq),
+        Box::new(Redis),
+        Box::new(Reference),
+    ]
 }
 
 /// The harness of this name.

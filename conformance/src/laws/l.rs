@@ -2,13 +2,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use wilco::{Broker, Deadline, MessageId, Outcome, QueueName};
-
 use crate::{
     agent::{Agent, Order, Told},
-    check::{CheckError, CheckResult, Cx, Evidence},
-    ledger::{Answer, Event, History, How, Minimum, Verdict, judge},
+    check::{CheckError, CheckResult, Cx},
+    ledger::{Event, History, Minimum},
     support::*,
+    workload::{finish, publish, settle, verdict},
 };
 
 /// Publishers and consumers on handles of their own, publishes cut off and sent again, deliveries
@@ -140,153 +139,4 @@ async fn kill_after(mut agent: Agent, lines: u64, history: &History) -> Result<(
         }
     }
     Ok(())
-}
-
-/// A publish as an honest sender does it: cut off at times, and sent again under its id after
-/// anything but Ok.
-async fn publish(
-    broker: &dyn Broker,
-    name: &QueueName,
-    id: &str,
-    history: &History,
-    rng: &mut fastrand::Rng,
-) -> Result<(), CheckError> {
-    let (queue, text) = (name.to_string(), id.to_owned());
-    for _ in 0..rng.u32(1..4) {
-        history.note(Event::Attempt {
-            queue: queue.clone(),
-            id: text.clone(),
-        });
-        let message = named(id)?;
-        let answer = match rng.u32(0..8) {
-            0 => cut_after(rng.usize(0..5), broker.publish(name, message, long())).await,
-            1 => {
-                let limit = Deadline::after(Duration::from_micros(rng.u64(0..1_000)));
-                Some(broker.publish(name, message, limit).await)
-            }
-            _ => Some(broker.publish(name, message, long()).await),
-        };
-        let answer = match answer {
-            Some(Ok(_)) => Answer::Stored,
-            Some(Err(error)) if error.outcome() == Some(Outcome::NotStored) => Answer::NotStored,
-            Some(Err(_)) | None => Answer::Unknown,
-        };
-        history.note(Event::Answer {
-            queue: queue.clone(),
-            id: text.clone(),
-            answer,
-        });
-        if answer == Answer::Stored {
-            break;
-        }
-    }
-    Ok(())
-}
-
-async fn settle(
-    delivery: wilco::broker::Delivery,
-    name: &QueueName,
-    history: &History,
-    rng: &mut fastrand::Rng,
-) {
-    history.note(Event::delivery(name, &delivery));
-    let id = delivery.message.id.to_string();
-    let (how, ok) = match rng.u32(0..10) {
-        0 => {
-            drop(delivery);
-            (How::Dropped, true)
-        }
-        1 => {
-            let delay = Duration::from_millis(rng.u64(0..30));
-            (How::Retry, delivery.retry(delay, long()).await.is_ok())
-        }
-        2 => (
-            How::DeadLetter,
-            delivery.dead_letter("nemesis", long()).await.is_ok(),
-        ),
-        3 => {
-            let ack = cut_after(rng.usize(0..4), delivery.ack(long())).await;
-            (How::Ack, ack.is_some_and(|ack| ack.is_ok()))
-        }
-        _ => (How::Ack, delivery.ack(long()).await.is_ok()),
-    };
-    history.note(Event::Settled {
-        queue: name.to_string(),
-        id,
-        how,
-        ok,
-    });
-}
-
-/// Faults over: receives and acks all that is left, and looks through the dead letters.
-async fn finish(
-    cx: &Cx,
-    control: &dyn Broker,
-    name: &QueueName,
-    history: &History,
-) -> Result<(), CheckError> {
-    let broker = cx.connect().await?;
-    let mut consumer = attach(&*broker, name, 32).await?;
-    loop {
-        let status = control.status(name, long()).await?;
-        if status.messages() == status.dead {
-            break;
-        }
-        let delivery = receive(&mut *consumer).await?;
-        history.note(Event::delivery(name, &delivery));
-        let id = delivery.message.id.to_string();
-        let ok = delivery.ack(long()).await.is_ok();
-        let queue = name.to_string();
-        history.note(Event::Settled {
-            queue,
-            id,
-            how: How::Ack,
-            ok,
-        });
-    }
-    consumer.close(long()).await?;
-    let dead = control
-        .dead_letters(name, None, count(1_000_000), long())
-        .await?;
-    for id in dead
-        .iter()
-        .map(|letter| MessageId::to_string(&letter.message.id))
-    {
-        history.note(Event::Found {
-            queue: name.to_string(),
-            id,
-        });
-    }
-    history.note(Event::Drained {
-        queue: name.to_string(),
-    });
-    Ok(())
-}
-
-/// Judges the history; one that is not clean is kept, to be checked again off-line.
-fn verdict(cx: &Cx, history: &History, minimum: Minimum) -> CheckResult {
-    let verdict: Verdict = judge(&history.entries(), minimum);
-    if verdict.is_clean() {
-        return Ok(Evidence::of("attempts", verdict.attempts)
-            .and("confirmed", verdict.confirmed)
-            .and("deliveries", verdict.deliveries)
-            .and("redelivered", verdict.redelivered)
-            .and("resent", verdict.resent)
-            .and("recovered", verdict.recovered)
-            .and("faults", verdict.faults));
-    }
-    let file = format!(
-        "wilco-history-{}-{}.jsonl",
-        cx.options.seed,
-        MessageId::generate()
-    );
-    let path = cx.options.histories.join(file);
-    let kept = match history.save(&path) {
-        Ok(()) => format!("kept in {}", path.display()),
-        Err(error) => format!("not kept: {error}"),
-    };
-    Err(CheckError::failed(
-        "a clean ledger",
-        format!("{verdict}\nhistory {kept}"),
-    ))
 }

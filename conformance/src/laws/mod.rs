@@ -5,6 +5,7 @@
 
 pub mod c;
 pub mod d;
+pub mod f;
 pub mod l;
 pub mod p;
 pub mod q;

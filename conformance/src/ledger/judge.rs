@@ -1,7 +1,7 @@
 //! What a history says.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fmt,
 };
 
@@ -31,8 +31,8 @@ pub struct Verdict {
     pub acked: u64,
     /// Deliveries of a message that had been delivered, before its ack was Ok.
     pub redelivered: u64,
-    /// Deliveries after an Ok ack that a further attempt of the same id explains: a broker may
-    /// forget ids once they are acked.
+    /// Deliveries after an Ok ack that a further attempt of the same id explains, or an outage during
+    /// one: a broker may not know ids, or forget them once they are acked.
     pub resent: u64,
     /// Messages delivered though no attempt of them had been answered with Ok.
     pub recovered: u64,
@@ -68,6 +68,22 @@ struct Life {
     deliveries: u64,
     ended: u64,
     found: bool,
+    /// The outages that had begun and ended before each attempt that has no answer yet.
+    open: VecDeque<u64>,
+    /// Outages that fell into answered attempts: each may have made the backend send once more.
+    spanned: u64,
+}
+
+impl Life {
+    /// How many copies there may have been: one for every attempt that may have been stored, and one
+    /// for every outage that an attempt went through.
+    fn copies(&self, outages: u64) -> u64 {
+        let open: u64 = self.open.iter().map(|before| outages - before).sum();
+        match self.attempts.saturating_sub(self.not_stored) {
+            0 => 0,
+            sent => sent + self.spanned + open,
+        }
+    }
 }
 
 /// Reads a history in the order of its times and says what it shows.
@@ -78,17 +94,23 @@ pub fn judge(entries: &[Entry], minimum: Minimum) -> Verdict {
     let mut lives: BTreeMap<(&str, &str), Life> = BTreeMap::new();
     let mut drained: BTreeSet<&str> = BTreeSet::new();
     let mut verdict = Verdict::default();
+    let (mut outages, mut down) = (0, false);
     let named = |queue: &str, id: &str| format!("{id} in {queue}");
     for entry in entries {
         match &entry.event {
             Event::Attempt { queue, id } => {
                 verdict.attempts += 1;
-                lives.entry((queue, id)).or_default().attempts += 1;
+                let life = lives.entry((queue, id)).or_default();
+                life.attempts += 1;
+                life.open.push_back(outages - u64::from(down));
                 // What is sent after a drain has to be drained again.
                 drained.remove(queue.as_str());
             }
             Event::Answer { queue, id, answer } => {
                 let life = lives.entry((queue, id)).or_default();
+                if let Some(before) = life.open.pop_front() {
+                    life.spanned += outages - before;
+                }
                 match answer {
                     Answer::Stored => life.stored += 1,
                     Answer::NotStored => life.not_stored += 1,
@@ -99,9 +121,8 @@ pub fn judge(entries: &[Entry], minimum: Minimum) -> Verdict {
                 verdict.deliveries += 1;
                 let life = lives.entry((queue, id)).or_default();
                 life.deliveries += 1;
-                // Every attempt that may have been stored can be one copy; a copy that was acked or
-                // is a dead letter is used up.
-                let copies = life.attempts.saturating_sub(life.not_stored);
+                // A copy that was acked or is a dead letter is used up.
+                let copies = life.copies(outages);
                 if copies == 0 {
                     verdict.phantom.push(named(queue, id));
                 } else if life.ended >= copies {
@@ -120,6 +141,11 @@ pub fn judge(entries: &[Entry], minimum: Minimum) -> Verdict {
             }
             Event::Found { queue, id } => lives.entry((queue, id)).or_default().found = true,
             Event::Fault { .. } => verdict.faults += 1,
+            Event::Down => {
+                outages += u64::from(!down);
+                down = true;
+            }
+            Event::Up => down = false,
             Event::Drained { queue } => {
                 drained.insert(queue);
             }

@@ -106,6 +106,11 @@ pub enum Event {
         /// What.
         what: String,
     },
+    /// From here on the broker, or the way to it, does not do what it should. A publish that is open
+    /// meanwhile may be sent more than once under its id, by the backend itself (law P3).
+    Down,
+    /// It works again.
+    Up,
     /// Everything was received and acked: what has not come by now never will.
     Drained {
         /// From this queue.
@@ -191,6 +196,14 @@ impl History {
             .clone();
         entries.sort_by_key(|entry| entry.ns);
         entries
+    }
+
+    /// How many entries since this moment are like this.
+    #[must_use]
+    pub fn count(&self, since: u64, is: impl Fn(&Entry) -> bool) -> usize {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = entries.iter().filter(|entry| entry.ns >= since);
+        since.filter(|entry| is(entry)).count()
     }
 
     /// Writes it as JSON lines.

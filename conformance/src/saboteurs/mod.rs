@@ -4,6 +4,7 @@
 //! state is one for the whole broker, shared by all handles, as a broken server's would be.
 
 mod consume;
+mod faults;
 mod leases;
 mod publish;
 mod queues;
@@ -11,10 +12,14 @@ mod requests;
 mod table;
 mod wrap;
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
 
 use async_trait::async_trait;
-use wilco::{Broker, QueueName};
+use wilco::{Broker, Deadline, Error, ErrorKind, QueueName};
 
 pub use table::{all, find};
 pub use wrap::{Inner, Sabotage};
@@ -91,13 +96,68 @@ impl Server for SabotagedServer {
 
     async fn restart(&self) -> Result<(), Unavailable> {
         self.server.restart().await?;
+        self.after_restart().await
+    }
+
+    fn faults(&self) -> Result<&dyn Faults, Unavailable> {
+        self.server.faults().map(|_| self as &dyn Faults)
+    }
+}
+
+impl SabotagedServer {
+    async fn after_restart(&self) -> Result<(), Unavailable> {
         let inner = self.server.connect().await;
         let inner = inner.map_err(|error| Unavailable::because(error.to_string()))?;
         self.sabotage.restarted(&inner).await;
         Ok(())
     }
+}
 
-    fn faults(&self) -> Result<&dyn Faults, Unavailable> {
-        self.server.faults()
+/// Faults are not sabotaged, but who connects around the harness gets a sabotaged handle all the same.
+#[async_trait]
+impl Faults for SabotagedServer {
+    async fn kill(&self) -> Result<(), Unavailable> {
+        self.server.faults()?.kill().await
+    }
+
+    async fn start(&self) -> Result<(), Unavailable> {
+        self.server.faults()?.start().await?;
+        self.after_restart().await
+    }
+
+    fn pause(&self) -> Result<(), Unavailable> {
+        self.server.faults()?.pause()
+    }
+
+    fn resume(&self) -> Result<(), Unavailable> {
+        self.server.faults()?.resume()
+    }
+
+    fn address(&self) -> SocketAddr {
+        let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        self.server.faults().map_or(nowhere, Faults::address)
+    }
+
+    fn url_via(&self, proxy: SocketAddr) -> String {
+        let faults = self.server.faults();
+        faults
+            .map(|faults| faults.url_via(proxy))
+            .unwrap_or_default()
+    }
+
+    async fn connect_via(
+        &self,
+        proxy: SocketAddr,
+        deadline: Deadline,
+    ) -> wilco::Result<Arc<dyn Broker>> {
+        let unreachable = |reason: Unavailable| Error::new(ErrorKind::Internal, reason.0);
+        let faults = self.server.faults().map_err(unreachable)?;
+        let deadline = self.sabotage.connecting(proxy, deadline);
+        let inner = faults.connect_via(proxy, deadline).await?;
+        Ok(wrap::wrap(inner, Arc::clone(&self.sabotage)))
+    }
+
+    async fn alarm(&self, on: bool) -> Result<(), Unavailable> {
+        self.server.faults()?.alarm(on).await
     }
 }

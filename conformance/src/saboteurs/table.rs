@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Saboteur, consume, leases, publish, queues, requests};
+use super::{Saboteur, consume, faults, leases, publish, queues, requests};
 
 /// Calls a macro with every saboteur: `name: module::Type => check;` each. Tests are made with it,
 /// one a saboteur.
@@ -83,6 +83,20 @@ macro_rules! for_each_saboteur {
             pings_through_the_queue: requests::PingsThroughTheQueue => r9_pings_never_touch_the_durable_queue;
             lies_about_durability: queues::LiesAboutDurability => d1_the_report_is_honest;
             claims_what_it_does_not_know: queues::ClaimsWhatItDoesNotKnow => d2_require_refuses_what_the_report_does_not_show;
+            forgets_on_a_kill: queues::EmptiesOnRestart => f1_a_kill_after_the_confirm_loses_nothing;
+            cut_short_by_a_kill_is_ok: faults::CutShortIsOk => f2_kills_amid_bursts_lose_nothing;
+            waits_for_the_paused: faults::WaitsForTheBroker => f3_a_paused_broker_ends_no_call_late;
+            cut_short_by_a_reset_is_ok: faults::CutShortIsOk => f4_resets_and_cuts_lose_nothing;
+            resends_under_a_new_id: faults::ResendsUnderANewId => f4_resets_and_cuts_lose_nothing;
+            never_comes_back_from_a_hole: faults::NeverComesBack => f4_a_black_hole_is_noticed;
+            takes_slow_for_dead: faults::TakesSlowForDead => f4_a_slow_link_is_only_slow;
+            ack_over_a_cut_is_ok: leases::AckIsAlwaysOk => f4_cut_behind_every_frame_in_turn;
+            gives_up_at_once: faults::GivesUpAtOnce => f5_a_connect_waits_to_its_deadline;
+            never_comes_back_from_an_outage: faults::NeverComesBack => f5_everybody_comes_back_after_an_outage;
+            knocks_in_step: faults::KnocksInStep => f5_nobody_comes_back_in_lock_step;
+            counts_the_buffer_on_shutdown: consume::CountsTheBuffer => f8_a_shutdown_burns_no_count;
+            waits_for_the_broker_to_close: faults::WaitsForTheBroker => f8_a_close_with_the_broker_down_ends;
+            refused_in_an_alarm_is_ok: publish::RefusedIsOk => f9_an_alarm_refuses_and_loses_nothing;
             skips_one_in_fifty: consume::SkipsOneInFifty => l_handles_that_come_and_go_lose_nothing;
             forgets_acks_now_and_then: leases::ForgetsOneAckInFifty => l_handles_that_come_and_go_lose_nothing;
         }

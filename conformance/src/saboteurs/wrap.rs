@@ -1,6 +1,6 @@
 //! The wrapper: every method of a broker, each open to sabotage.
 
-use std::{fmt, future::Future, num::NonZeroU32, pin::Pin, sync::Arc};
+use std::{fmt, future::Future, net::SocketAddr, num::NonZeroU32, pin::Pin, sync::Arc};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -109,8 +109,12 @@ pub trait Sabotage: Send + Sync + fmt::Debug {
     async fn close(&self, inner: &Inner, by: Deadline) -> Result<()> {
         inner.close(by).await
     }
-    /// After a restart, with a handle on what is there.
+    /// After a restart, or a start after a kill, with a handle on what is there.
     async fn restarted(&self, _inner: &Inner) {}
+    /// Before a handle is opened by way of another address: the deadline that it is given.
+    fn connecting(&self, _address: SocketAddr, by: Deadline) -> Deadline {
+        by
+    }
 }
 
 pub(super) fn wrap(inner: Inner, sabotage: Arc<dyn Sabotage>) -> Arc<dyn Broker> {

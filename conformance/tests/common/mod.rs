@@ -1,6 +1,7 @@
 //! What the tests of every backend share: one named test for each check.
 
-use tokio::sync::RwLock;
+use std::time::Duration;
+
 use wilco_conformance::{
     check::{CheckError, Options},
     harness::Harness,
@@ -10,9 +11,11 @@ use wilco_conformance::{
 /// The seed of these runs: the same each time, so that a failure in CI is the one at home.
 const SEED: u64 = 20_260_401;
 
-/// The check that measures this process's memory: others beside it would be measured too.
+/// The check that measures its process's memory: in a process of its own, for others beside it would be
+/// measured too.
 const ALONE: &str = "r5_unanswered_requests_leave_nothing_behind";
-static TURNS: RwLock<()> = RwLock::const_new(());
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_wilco-conformance");
 
 /// Runs a check; what cannot be run here has to be in `not_run`, with nothing else.
 #[expect(
@@ -20,16 +23,11 @@ static TURNS: RwLock<()> = RwLock::const_new(());
     reason = "a test's output is where its evidence is read"
 )]
 pub(crate) async fn run(name: &str, harness: &dyn Harness, not_run: &[&str]) {
+    if name == ALONE {
+        return run_alone(name, harness.name()).await;
+    }
     let check = registry::find(name).expect("the list and the registry are one");
-    let agent = env!("CARGO_BIN_EXE_wilco-conformance");
-    let _turn = if name == ALONE {
-        (Some(TURNS.write().await), None)
-    } else {
-        (None, Some(TURNS.read().await))
-    };
-    let outcome = check
-        .run_on(harness, &Options::new(SEED, Some(agent.into())))
-        .await;
+    let outcome = check.run_on(harness, &options(harness.name())).await;
     match outcome.result {
         Ok(evidence) => {
             assert!(
@@ -43,6 +41,44 @@ pub(crate) async fn run(name: &str, harness: &dyn Harness, not_run: &[&str]) {
             println!("{name}: not run: {reason}");
         }
         Err(CheckError::Failed(failure)) => panic!("{failure}"),
+    }
+}
+
+/// Through the command, which knows every harness of this package by its name.
+#[expect(
+    clippy::print_stdout,
+    reason = "a test's output is where its evidence is read"
+)]
+async fn run_alone(name: &str, broker: &str) {
+    let seed = SEED.to_string();
+    let ran = tokio::process::Command::new(PROGRAM)
+        .args(["run", "--broker", broker, "--check", name, "--seed", &seed])
+        .kill_on_drop(true)
+        .output()
+        .await
+        .expect("this package's own program");
+    let told = String::from_utf8_lossy(&ran.stdout);
+    assert!(
+        ran.status.success(),
+        "{told}{}",
+        String::from_utf8_lossy(&ran.stderr)
+    );
+    // What did not run has an exit status of its own, and is no success.
+    println!("{}", told.lines().nth(1).unwrap_or_default());
+}
+
+/// As a run by hand, with fewer and shorter faults unless `WILCO_FAULTS=all` asks for what the laws
+/// say; what was done is printed.
+fn options(broker: &str) -> Options {
+    let options = Options::new(SEED, Some(PROGRAM.into()));
+    if std::env::var("WILCO_FAULTS").is_ok_and(|faults| faults == "all") {
+        return options;
+    }
+    Options {
+        // A start of RabbitMQ takes seven seconds, one of the others a moment.
+        kills: if broker == "rabbitmq" { 5 } else { 50 },
+        outage: Duration::from_secs(8),
+        ..options
     }
 }
 

@@ -10,9 +10,9 @@ use crate::{
     support::*,
 };
 
-/// 10,000 unanswered requests: this process does not grow, and the broker holds nothing of them.
+/// 100,000 unanswered requests: this process does not grow, and the broker holds nothing of them.
 pub async fn r5_unanswered_requests_leave_nothing_behind(cx: &Cx) -> CheckResult {
-    const REQUESTS: usize = 10_000;
+    const REQUESTS: usize = 100_000;
     const WARM_UP: usize = 2_000;
     const GROWTH: u64 = 16 << 20;
     let handles = handles(cx, 2).await?;
@@ -51,18 +51,18 @@ async fn remains(cx: &Cx, lane: &GuestAddress) -> Result<Vec<String>, CheckError
     }
 }
 
-/// So many requests, 500 at once, each given up after a moment.
+/// So many requests, 1,000 at once, each given up after a moment.
 async fn unanswered(
     broker: &Arc<dyn Broker>,
     lane: &GuestAddress,
     requests: usize,
 ) -> Result<(), CheckError> {
-    const TASKS: usize = 500;
+    const TASKS: usize = 1_000;
     let tasks = (0..TASKS).map(|_| {
         let (broker, lane) = (Arc::clone(broker), lane.clone());
         tokio::spawn(async move {
             for _ in 0..requests / TASKS {
-                let limit = Deadline::after(Duration::from_millis(100));
+                let limit = Deadline::after(Duration::from_millis(250));
                 let answer = broker.request(&lane, vec![b'x'; 1024].into(), limit).await;
                 must_be("an unanswered request", answer, &ErrorKind::ConsumerSilent)?;
             }

@@ -1,0 +1,364 @@
+//! JetStream's API: JSON over requests, of which only the forms that 2.9 knows are used.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+use tokio::time::sleep;
+
+use super::{
+    connection::{Answer, Link, Unanswered},
+    form,
+    names::Names,
+    no_queue,
+};
+use crate::{
+    broker::QueueSpec,
+    deadline::Deadline,
+    error::{Error, ErrorKind, Result},
+    names::QueueName,
+};
+
+pub(super) const STREAM_NOT_FOUND: u64 = 10_059;
+pub(super) const STREAM_EXISTS: u64 = 10_058;
+pub(super) const SUBJECTS_OVERLAP: u64 = 10_065;
+pub(super) const CONSUMER_NOT_FOUND: u64 = 10_014;
+pub(super) const MESSAGE_NOT_FOUND: u64 = 10_037;
+pub(super) const WRONG_LAST_SEQUENCE: [u64; 2] = [10_071, 10_164];
+/// What a second consumer of one subject is told: the subject has its one already.
+pub(super) const NOT_UNIQUE: [u64; 3] = [10_099, 10_100, 10_026];
+
+/// How long what is not ready yet is asked again: a server that starts, a cluster without a leader.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// A refusal of the server's.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) code: u64,
+    pub(super) text: String,
+}
+
+impl Refusal {
+    /// The refusal in an answer, if it is one.
+    pub(super) fn of(answer: &Value) -> Option<Self> {
+        let error = answer.get("error")?;
+        Some(Self {
+            code: error["err_code"].as_u64().unwrap_or(0),
+            text: error["description"]
+                .as_str()
+                .unwrap_or("no reason given")
+                .into(),
+        })
+    }
+
+    pub(super) fn into_error(self) -> Error {
+        match self.code {
+            STREAM_NOT_FOUND => no_queue(),
+            code => Error::new(
+                ErrorKind::BrokerRefused,
+                format!("the server refused: {} ({code})", self.text),
+            ),
+        }
+    }
+}
+
+impl Link {
+    /// Calls the API. The inner error is what the server says, the outer that it could not be asked.
+    pub(super) async fn api(
+        &self,
+        verb: &str,
+        body: &Value,
+        deadline: Deadline,
+    ) -> Result<Result<Value, Refusal>> {
+        let subject = format!("$JS.API.{verb}");
+        let body = Bytes::from(body.to_string());
+        loop {
+            let answer = self
+                .call(&subject, None, &body, true, deadline)
+                .await
+                .map_err(Unanswered::into_error)?;
+            if !answer.nobody() {
+                let value: Value = json_of(&answer)?;
+                match Refusal::of(&value) {
+                    // Temporarily unavailable; no leader yet.
+                    Some(Refusal {
+                        code: 10_008 | 10_009,
+                        ..
+                    }) if !deadline.has_passed() => {}
+                    Some(refusal) => return Ok(Err(refusal)),
+                    None => return Ok(Ok(value)),
+                }
+            }
+            if deadline.remaining() < PAUSE {
+                return Err(Error::new(
+                    ErrorKind::BrokerRefused,
+                    "JetStream does not answer: it is not enabled (jetstream {} in the server's \
+                     configuration), or its cluster has no leader",
+                ));
+            }
+            sleep(PAUSE).await;
+        }
+    }
+
+    /// What the server says of a queue's stream; `None` if there is none, or one that is being deleted.
+    pub(super) async fn stream(&self, names: &Names, deadline: Deadline) -> Result<Option<Stream>> {
+        let verb = format!("STREAM.INFO.{}", names.stream);
+        let body = json!({ "subjects_filter": names.living() });
+        match self.api(&verb, &body, deadline).await? {
+            Ok(value) => Ok(Some(Stream(value))),
+            Err(Refusal {
+                code: STREAM_NOT_FOUND,
+                ..
+            }) => Ok(None),
+            Err(refusal) => Err(refusal.into_error()),
+        }
+    }
+
+    /// The stream of a queue that exists.
+    pub(super) async fn queue(&self, names: &Names, deadline: Deadline) -> Result<Stream> {
+        let stream = self.stream(names, deadline).await?;
+        stream
+            .filter(|stream| stream.fence() != Some(Fence::Deleting))
+            .ok_or_else(no_queue)
+    }
+
+    /// One stored message: the next from a sequence on, of the subjects that match.
+    pub(super) async fn stored(
+        &self,
+        names: &Names,
+        subject: &str,
+        from: u64,
+        deadline: Deadline,
+    ) -> Result<Option<Stored>> {
+        self.get(
+            names,
+            &json!({ "seq": from, "next_by_subj": subject }),
+            deadline,
+        )
+        .await
+    }
+
+    /// The last message stored on a subject.
+    pub(super) async fn last(
+        &self,
+        names: &Names,
+        subject: &str,
+        deadline: Deadline,
+    ) -> Result<Option<Stored>> {
+        self.get(names, &json!({ "last_by_subj": subject }), deadline)
+            .await
+    }
+
+    async fn get(&self, names: &Names, what: &Value, deadline: Deadline) -> Result<Option<Stored>> {
+        let verb = format!("STREAM.MSG.GET.{}", names.stream);
+        match self.api(&verb, what, deadline).await? {
+            Ok(value) => Ok(Some(Stored::of(&value["message"]))),
+            Err(Refusal {
+                code: MESSAGE_NOT_FOUND,
+                ..
+            }) => Ok(None),
+            Err(refusal) => Err(refusal.into_error()),
+        }
+    }
+
+    /// Deletes one stored message. False: it is not there.
+    pub(super) async fn forget(
+        &self,
+        names: &Names,
+        sequence: u64,
+        deadline: Deadline,
+    ) -> Result<bool> {
+        let verb = format!("STREAM.MSG.DELETE.{}", names.stream);
+        let body = json!({ "seq": sequence, "no_erase": true });
+        match self.api(&verb, &body, deadline).await? {
+            Ok(_) => Ok(true),
+            Err(Refusal {
+                code: STREAM_NOT_FOUND,
+                ..
+            }) => Err(no_queue()),
+            Err(refusal)
+                if refusal.code == MESSAGE_NOT_FOUND
+                    || refusal.text.contains("not found")
+                    || refusal.text.contains("no message") =>
+            {
+                Ok(false)
+            }
+            Err(refusal) => Err(refusal.into_error()),
+        }
+    }
+
+    /// The names of a queue's consumers on the server.
+    pub(super) async fn consumers(&self, names: &Names, deadline: Deadline) -> Result<Vec<String>> {
+        let verb = format!("CONSUMER.NAMES.{}", names.stream);
+        let value = self
+            .api(&verb, &json!({}), deadline)
+            .await?
+            .map_err(Refusal::into_error)?;
+        let names = value["consumers"].as_array().into_iter().flatten();
+        Ok(names
+            .filter_map(|name| name.as_str().map(Into::into))
+            .collect())
+    }
+
+    /// What the server says of one consumer; `None` if it is not there.
+    pub(super) async fn consumer(
+        &self,
+        names: &Names,
+        consumer: &str,
+        deadline: Deadline,
+    ) -> Result<Option<Value>> {
+        let verb = format!("CONSUMER.INFO.{}.{consumer}", names.stream);
+        match self.api(&verb, &json!({}), deadline).await? {
+            Ok(value) => Ok(Some(value)),
+            Err(Refusal {
+                code: CONSUMER_NOT_FOUND,
+                ..
+            }) => Ok(None),
+            Err(refusal) => Err(refusal.into_error()),
+        }
+    }
+
+    pub(super) async fn drop_consumer(
+        &self,
+        names: &Names,
+        consumer: &str,
+        deadline: Deadline,
+    ) -> Result<()> {
+        let verb = format!("CONSUMER.DELETE.{}.{consumer}", names.stream);
+        match self.api(&verb, &json!({}), deadline).await? {
+            Ok(_)
+            | Err(Refusal {
+                code: CONSUMER_NOT_FOUND | STREAM_NOT_FOUND,
+                ..
+            }) => Ok(()),
+            Err(refusal) => Err(refusal.into_error()),
+        }
+    }
+
+    /// Empties the subjects that match.
+    pub(super) async fn purge(
+        &self,
+        stream: &str,
+        subject: &str,
+        deadline: Deadline,
+    ) -> Result<()> {
+        let verb = format!("STREAM.PURGE.{stream}");
+        match self
+            .api(&verb, &json!({ "filter": subject }), deadline)
+            .await?
+        {
+            Ok(_)
+            | Err(Refusal {
+                code: STREAM_NOT_FOUND,
+                ..
+            }) => Ok(()),
+            Err(refusal) => Err(refusal.into_error()),
+        }
+    }
+}
+
+pub(super) fn json_of(answer: &Answer) -> Result<Value> {
+    serde_json::from_slice(&answer.message.payload).map_err(|error| {
+        Error::new(
+            ErrorKind::Undecodable,
+            format!("the server's answer is not JSON: {error}"),
+        )
+    })
+}
+
+/// What stands in a stream's description: the queue's arguments and its state.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub(super) struct Description {
+    pub(super) wilco: u32,
+    pub(super) delivery_limit: std::num::NonZeroU32,
+    pub(super) max_messages: Option<u64>,
+    /// Tells the one who made it from those who come after.
+    pub(super) made: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) fence: Option<Fence>,
+}
+
+/// Why a stream takes no messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Fence {
+    /// It is looked at whether it is empty, and then deleted or opened again.
+    Closing,
+    /// It will be deleted, whatever it holds: for everybody it is gone.
+    Deleting,
+}
+
+/// The server's answer about a stream.
+#[derive(Debug)]
+pub(super) struct Stream(pub(super) Value);
+
+impl Stream {
+    pub(super) fn config(&self) -> &Value {
+        &self.0["config"]
+    }
+
+    pub(super) fn description(&self) -> Option<Description> {
+        serde_json::from_str(self.config()["description"].as_str()?).ok()
+    }
+
+    pub(super) fn fence(&self) -> Option<Fence> {
+        self.description()?.fence
+    }
+
+    pub(super) fn spec(&self, queue: &QueueName) -> Result<QueueSpec> {
+        let description = self.description().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Mismatch {
+                    differences: vec!["description is not one of wilco's".into()],
+                },
+                "a stream of this name exists that somebody else made",
+            )
+        })?;
+        let mut spec =
+            QueueSpec::new(queue.clone()).with_delivery_limit(description.delivery_limit);
+        spec.max_messages = description.max_messages;
+        Ok(spec)
+    }
+
+    /// The first message that is stored, of whatever kind.
+    pub(super) fn first(&self) -> u64 {
+        self.0["state"]["first_seq"].as_u64().unwrap_or(0)
+    }
+
+    /// Messages that are not dead, and dead ones.
+    pub(super) fn counts(&self, names: &Names) -> (u64, u64) {
+        let state = &self.0["state"];
+        let beside = state["subjects"].as_object();
+        let beside: u64 = beside
+            .into_iter()
+            .flat_map(|subjects| subjects.values().filter_map(Value::as_u64))
+            .sum();
+        let living = state["subjects"][names.input()].as_u64().unwrap_or(0);
+        let all = state["messages"].as_u64().unwrap_or(0);
+        (living, all.saturating_sub(beside))
+    }
+}
+
+/// A message as it is stored.
+#[derive(Debug)]
+pub(super) struct Stored {
+    pub(super) sequence: u64,
+    pub(super) headers: async_nats::HeaderMap,
+    pub(super) body: Bytes,
+}
+
+impl Stored {
+    fn of(message: &Value) -> Self {
+        let bytes = |name: &str| {
+            message[name]
+                .as_str()
+                .and_then(form::base64)
+                .unwrap_or_default()
+        };
+        Self {
+            sequence: message["seq"].as_u64().unwrap_or(0),
+            headers: form::parse(&bytes("hdrs")),
+            body: bytes("data").into(),
+        }
+    }
+}

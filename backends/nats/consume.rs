@@ -1,0 +1,816 @@
+//! A queue's one consumer: what it pulls, what it holds, and how it goes.
+//!
+//! Three tasks of its own serve it, so that no dropped future leaves anything half done (law P5): one
+//! pulls and gives back, one keeps the leases and says that it lives (`keep`), one writes the notes.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use async_nats::{Message as Raw, Subscriber};
+use async_trait::async_trait;
+use futures_util::StreamExt;
+use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::{Notify, mpsc, oneshot, watch},
+    time::{Instant, sleep},
+};
+
+use super::{
+    api::Fence,
+    attach::{attach, delivered, lock_name, still_there},
+    closed,
+    connection::{Link, gone, lock},
+    form, keep,
+    names::{Names, token},
+    notes::{Mark, Notes, is_settled, now_ms, settle},
+    settle::{self, Lease},
+};
+use crate::{
+    broker::{ConsumeOptions, Consumer, Delivery},
+    deadline::Deadline,
+    error::{Error, ErrorKind, Result},
+    names::QueueName,
+};
+
+/// How long the server keeps a pull that has nothing to give.
+const PULL: Duration = Duration::from_secs(10);
+
+/// How much later than that a pull counts as lost.
+const SLACK: Duration = Duration::from_secs(2);
+
+/// The pause after a pull that failed while all is well otherwise.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// How long going takes at the most, with the server down too (law F8).
+const GOING: Duration = Duration::from_secs(5);
+
+/// A consumer's life.
+pub(super) struct Hold {
+    pub(super) link: Arc<Link>,
+    pub(super) names: Names,
+    pub(super) token: String,
+    /// The server's consumer.
+    pub(super) consumer: String,
+    /// Which making of the queue this is.
+    made: String,
+    pub(super) limit: u32,
+    prefetch: usize,
+    pub(super) inner: Mutex<Inner>,
+    /// Tells the puller that there is room, or something to give back, or that it goes.
+    pub(super) wake: Notify,
+    /// Tells `next` that something came.
+    arrived: Notify,
+    /// Leases are void: what they held was given back or belongs to another.
+    pub(super) void: AtomicBool,
+    /// Tells the keeper to answer no question any more, and that it does not.
+    pub(super) hush: Notify,
+    deaf: watch::Sender<bool>,
+    gone: watch::Sender<bool>,
+    scribe: mpsc::Sender<oneshot::Sender<Result<()>>>,
+}
+
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) phase: Phase,
+    pub(super) buffer: VecDeque<Received>,
+    /// Handed out and not settled yet, by sequence.
+    pub(super) held: HashMap<u64, Held>,
+    /// Dropped unsettled, still among the held.
+    pub(super) loose: Vec<Received>,
+    /// When each that waits for its delay is due.
+    pub(super) delayed: HashMap<u64, Instant>,
+    pub(super) marks: BTreeMap<u64, Mark>,
+    floors: Vec<u64>,
+    /// What was settled, by runs: noted where the server does not sync.
+    settled: BTreeMap<u64, u64>,
+    /// When the leases were last kept.
+    pub(super) kept: Instant,
+    /// It leaves the server's consumer to those who have deliveries in hand and to the next one.
+    shared: bool,
+    /// Something says that the server's consumer is gone.
+    suspicious: bool,
+    pulls: VecDeque<Pull>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    Attached,
+    /// Gives back what it has. With true what was handed out goes too.
+    Leaving(bool),
+    Left,
+    Ended(ErrorKind),
+}
+
+/// One that was handed out.
+#[derive(Debug)]
+pub(super) struct Held {
+    /// Where it is acknowledged.
+    pub(super) reply: String,
+    /// Somebody has its delivery in hand.
+    pub(super) live: bool,
+    /// It is on its way back to the server, and may come again before the server's word that it arrived.
+    pub(super) returning: bool,
+}
+
+#[derive(Debug)]
+struct Pull {
+    number: u64,
+    left: usize,
+    until: Instant,
+}
+
+/// One message from the server, to be acknowledged at its reply subject.
+#[derive(Debug)]
+pub(super) struct Received {
+    pub(super) sequence: u64,
+    /// How often it was handed out, with this time once it is.
+    pub(super) attempt: u32,
+    pub(super) raw: Raw,
+}
+
+impl Received {
+    pub(super) fn reply(&self) -> &str {
+        self.raw.reply.as_ref().map_or("", |reply| reply.as_str())
+    }
+
+    pub(super) fn message(&self) -> crate::message::Message {
+        form::read(
+            self.raw.headers.as_ref(),
+            self.raw.payload.clone(),
+            self.sequence,
+        )
+    }
+}
+
+/// What a consumer says of itself when it is asked.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Told {
+    /// Which making of the queue it is attached to; empty: it said nothing.
+    made: String,
+    pub(super) attached: bool,
+    pub(super) in_flight: u64,
+    pub(super) delayed: u64,
+}
+
+impl Told {
+    /// What is assumed of one that is attached, for all that the server knows, and says nothing.
+    pub(super) fn silent() -> Self {
+        Self {
+            attached: true,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn is_of(&self, made: &str) -> bool {
+        self.made.is_empty() || self.made == made
+    }
+}
+
+pub(super) async fn consume(
+    link: &Arc<Link>,
+    queue: &QueueName,
+    options: ConsumeOptions,
+    deadline: Deadline,
+) -> Result<Box<dyn Consumer>> {
+    link.alive()?;
+    let (sender, answer) = oneshot::channel();
+    let (link, queue) = (Arc::clone(link), queue.clone());
+    tokio::spawn(async move {
+        let consumer = begin(link, &queue, options, deadline).await;
+        // Whoever was dropped meanwhile does not take it, and with it what was attached goes again.
+        let _ = sender.send(consumer);
+    });
+    let consumer = deadline.bound(answer).await?.map_err(|_| closed())??;
+    Ok(Box::new(consumer))
+}
+
+async fn begin(
+    link: Arc<Link>,
+    queue: &QueueName,
+    options: ConsumeOptions,
+    deadline: Deadline,
+) -> Result<Attending> {
+    let names = Names::of(queue);
+    let stream = link.queue(&names, deadline).await?;
+    let limit = stream.spec(queue)?.delivery_limit;
+    let made = stream
+        .description()
+        .map(|description| description.made)
+        .unwrap_or_default();
+    let token = token();
+    let inbox = link.client.new_inbox();
+    let subscribe = async |subject: String| -> Result<Subscriber> {
+        deadline
+            .bound(link.client.subscribe(subject))
+            .await?
+            .map_err(gone)
+    };
+    let alive = subscribe(names.hold(&token)).await?;
+    let arrivals = subscribe(format!("{inbox}.*")).await?;
+    let first = stream.first();
+    let attached = attach(&link, &names, &token, first, deadline).await?;
+    let (scribe, orders) = mpsc::channel(64);
+    let prefetch = usize::try_from(options.prefetch.get()).unwrap_or(usize::MAX);
+    let mut notes = attached.notes;
+    let now = (Instant::now(), now_ms());
+    let delayed = notes.marks.iter().filter(|(_, mark)| mark.due > now.1);
+    let inner = Inner {
+        phase: Phase::Attached,
+        buffer: VecDeque::new(),
+        held: HashMap::new(),
+        loose: Vec::new(),
+        delayed: delayed
+            .map(|(sequence, mark)| (*sequence, now.0 + Duration::from_millis(mark.due - now.1)))
+            .collect(),
+        marks: std::mem::take(&mut notes.marks),
+        floors: notes.floors.clone(),
+        settled: notes.settled.clone(),
+        kept: now.0,
+        shared: false,
+        suspicious: false,
+        pulls: VecDeque::new(),
+    };
+    let hold = Arc::new(Hold {
+        names,
+        token,
+        consumer: attached.consumer,
+        made,
+        limit: limit.get(),
+        prefetch,
+        inner: Mutex::new(inner),
+        wake: Notify::new(),
+        arrived: Notify::new(),
+        void: AtomicBool::new(false),
+        hush: Notify::new(),
+        deaf: watch::Sender::new(false),
+        gone: watch::Sender::new(false),
+        scribe,
+        link,
+    });
+    hold.link.remember_hold(&hold);
+    tokio::spawn(keep::keep(Arc::clone(&hold), alive, attached.asked));
+    tokio::spawn(write_notes(Arc::downgrade(&hold), notes, orders));
+    tokio::spawn(run(Arc::clone(&hold), arrivals, inbox));
+    if hold.link.alive().is_err() {
+        hold.release(true);
+        return Err(closed());
+    }
+    Ok(Attending { hold })
+}
+
+/// The consumer that a user has.
+#[derive(Debug)]
+struct Attending {
+    hold: Arc<Hold>,
+}
+
+#[async_trait]
+impl Consumer for Attending {
+    async fn next(&mut self) -> Result<Delivery> {
+        loop {
+            let arrived = self.hold.arrived.notified();
+            {
+                let mut inner = lock(&self.hold.inner);
+                match &inner.phase {
+                    Phase::Attached => {}
+                    Phase::Leaving(_) | Phase::Left => return Err(closed()),
+                    Phase::Ended(kind) => return Err(ended(kind)),
+                }
+                if let Some(mut received) = inner.buffer.pop_front() {
+                    let attempt = inner.hand_out(&received);
+                    drop(inner);
+                    received.attempt = attempt;
+                    let message = received.message();
+                    let lease = Lease::new(Arc::clone(&self.hold), received);
+                    return Ok(Delivery::new(message, attempt, Box::new(lease)));
+                }
+            }
+            arrived.await;
+        }
+    }
+
+    async fn close(self: Box<Self>, deadline: Deadline) -> Result<()> {
+        self.hold.release(false);
+        self.hold.until_gone(deadline).await
+    }
+}
+
+impl Drop for Attending {
+    fn drop(&mut self) {
+        self.hold.release(false);
+    }
+}
+
+impl Inner {
+    /// How often a message was handed out.
+    fn handed_out(&self, sequence: u64) -> u32 {
+        let noted = self.marks.get(&sequence).map_or(0, |mark| mark.seen);
+        let times = noted + Notes::floors_over(&self.floors, sequence);
+        u32::try_from(times.max(0)).unwrap_or(u32::MAX)
+    }
+
+    /// One of those that were asked for came; the oldest pull is served first.
+    fn came(&mut self) {
+        if let Some(first) = self.pulls.front_mut() {
+            first.left -= 1;
+            if first.left == 0 {
+                self.pulls.pop_front();
+            }
+        }
+    }
+
+    fn hand_out(&mut self, received: &Received) -> u32 {
+        self.marks.entry(received.sequence).or_default().seen += 1;
+        let held = Held {
+            reply: received.reply().to_owned(),
+            live: true,
+            returning: false,
+        };
+        self.held.insert(received.sequence, held);
+        self.handed_out(received.sequence)
+    }
+}
+
+fn ended(kind: &ErrorKind) -> Error {
+    let text = match kind {
+        ErrorKind::QueueDeleted => "the queue was deleted",
+        ErrorKind::Conflict => "another consumer took over while this one was cut off",
+        _ => "the consumer ended",
+    };
+    Error::new(kind.clone(), text)
+}
+
+impl Hold {
+    /// Lets it go; what was handed out stays with its holders unless `all` goes.
+    pub(super) fn release(&self, all: bool) {
+        let mut inner = lock(&self.inner);
+        match inner.phase {
+            Phase::Attached => inner.phase = Phase::Leaving(all),
+            Phase::Leaving(false) if all => inner.phase = Phase::Leaving(true),
+            _ => {}
+        }
+        drop(inner);
+        if all {
+            self.void.store(true, Ordering::Release);
+        }
+        self.wake.notify_one();
+        self.arrived.notify_one();
+    }
+
+    pub(super) async fn until_gone(&self, deadline: Deadline) -> Result<()> {
+        let mut gone = self.gone.subscribe();
+        // Fails only without a sender, and `self` is one.
+        deadline.bound(gone.wait_for(|gone| *gone)).await.map(drop)
+    }
+
+    pub(super) fn end(&self, kind: ErrorKind) {
+        let mut inner = lock(&self.inner);
+        if inner.phase == Phase::Attached {
+            inner.phase = Phase::Ended(kind);
+        }
+        inner.buffer.clear();
+        drop(inner);
+        self.void.store(true, Ordering::Release);
+        self.gone.send_replace(true);
+        self.hush.notify_one();
+        self.wake.notify_one();
+        self.arrived.notify_one();
+    }
+
+    /// Looks at once whether all is well, rather than at the next pull.
+    pub(super) fn wake_up(&self) {
+        lock(&self.inner).suspicious = true;
+        self.wake.notify_one();
+    }
+
+    /// Says that no question is answered any more.
+    pub(super) fn be_deaf(&self) {
+        self.deaf.send_replace(true);
+    }
+
+    pub(super) fn told(&self) -> Told {
+        let inner = lock(&self.inner);
+        let now = Instant::now();
+        Told {
+            made: self.made.clone(),
+            attached: inner.phase == Phase::Attached,
+            in_flight: inner.held.len() as u64,
+            delayed: inner.delayed.values().filter(|due| **due > now).count() as u64,
+        }
+    }
+
+    /// Whether nothing is left to be kept.
+    pub(super) fn is_over(&self) -> bool {
+        let inner = lock(&self.inner);
+        match inner.phase {
+            Phase::Attached | Phase::Leaving(_) => false,
+            Phase::Left => inner.held.is_empty() || self.void.load(Ordering::Acquire),
+            Phase::Ended(_) => true,
+        }
+    }
+
+    /// A message is settled: it is held no more, and there is room for another.
+    ///
+    /// Where the server would forget that when it is killed, it is noted first (law C2).
+    pub(super) async fn settled(&self, sequence: u64, deadline: Deadline) -> Result<()> {
+        {
+            let mut inner = lock(&self.inner);
+            inner.held.remove(&sequence);
+            inner.marks.remove(&sequence);
+            if !self.link.is_synced() {
+                settle(&mut inner.settled, sequence);
+            }
+        }
+        self.wake.notify_one();
+        if self.link.is_synced() {
+            return Ok(());
+        }
+        self.note(deadline).await
+    }
+
+    /// Writes the notes as they are now, or later.
+    pub(super) async fn note(&self, deadline: Deadline) -> Result<()> {
+        let (sender, answer) = oneshot::channel();
+        deadline
+            .bound(self.scribe.send(sender))
+            .await?
+            .map_err(|_| closed())?;
+        deadline.bound(answer).await?.map_err(|_| closed())?
+    }
+
+    /// Looks what is left after the connection was made again: a server that was killed has forgotten
+    /// what it delivered last, and delivers that again.
+    async fn look_back(&self, deadline: Deadline) -> Result<()> {
+        self.check(deadline).await?;
+        let last = delivered(&self.link, &self.names, &self.consumer, deadline).await?;
+        if let Some(last) = last {
+            lock(&self.inner)
+                .buffer
+                .retain(|received| received.sequence <= last);
+        }
+        Ok(())
+    }
+
+    /// Looks why the server does not answer for the consumer; ends it if that is for good.
+    pub(super) async fn check(&self, deadline: Deadline) -> Result<()> {
+        let stream = self.link.stream(&self.names, deadline).await?;
+        let description = stream.and_then(|stream| stream.description());
+        let same = description.is_some_and(|description| {
+            description.made == self.made && description.fence != Some(Fence::Deleting)
+        });
+        if !same {
+            self.end(ErrorKind::QueueDeleted);
+            return Ok(());
+        }
+        for name in [&self.consumer, &lock_name(&self.token)] {
+            if !still_there(&self.link, &self.names, name, deadline).await? {
+                // Between two looks the whole queue may have gone.
+                let stream = self.link.stream(&self.names, deadline).await?;
+                let description = stream.and_then(|stream| stream.description());
+                let deleted = description.is_none_or(|description| {
+                    description.made != self.made || description.fence == Some(Fence::Deleting)
+                });
+                self.end(if deleted {
+                    ErrorKind::QueueDeleted
+                } else {
+                    ErrorKind::Conflict
+                });
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Hold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hold")
+            .field("names", &self.names)
+            .field("token", &self.token)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Writes the notes for all who asked meanwhile at once.
+async fn write_notes(
+    hold: std::sync::Weak<Hold>,
+    mut notes: Notes,
+    mut orders: mpsc::Receiver<oneshot::Sender<Result<()>>>,
+) {
+    while let Some(order) = orders.recv().await {
+        let mut askers = vec![order];
+        while let Ok(order) = orders.try_recv() {
+            askers.push(order);
+        }
+        let Some(hold) = hold.upgrade() else { return };
+        {
+            let inner = lock(&hold.inner);
+            notes.marks.clone_from(&inner.marks);
+            notes.settled.clone_from(&inner.settled);
+            if inner.phase != Phase::Attached {
+                notes.holder = None;
+                notes.consumer = inner.shared.then(|| hold.consumer.clone());
+            }
+        }
+        let written = notes
+            .write(&hold.link, &hold.names, Deadline::after(GOING))
+            .await;
+        if written.is_ok() && !hold.link.is_synced() {
+            // As the writer does: its own places lie between the messages.
+            settle(&mut lock(&hold.inner).settled, notes.place());
+        }
+        for asker in askers {
+            let answer = match &written {
+                Ok(()) => Ok(()),
+                Err(error) => Err(Error::new(error.kind().clone(), error.message().to_owned())),
+            };
+            let _ = asker.send(answer);
+        }
+        if let Err(error) = notes
+            .tidy(&hold.link, &hold.names, Deadline::after(GOING))
+            .await
+        {
+            tracing::debug!(%error, "an old copy of the notes is left");
+        }
+    }
+}
+
+/// Pulls, hands in, gives back, until it goes.
+async fn run(hold: Arc<Hold>, mut arrivals: Subscriber, inbox: String) {
+    let mut state = hold.link.state();
+    let mut generation = state.borrow_and_update().generation;
+    let mut number = 0;
+    loop {
+        give_back_loose(&hold);
+        if lock(&hold.inner).phase != Phase::Attached {
+            break;
+        }
+        let suspicious = std::mem::take(&mut lock(&hold.inner).suspicious);
+        if suspicious {
+            let _ = hold
+                .check(Deadline::after(hold.link.options.takeover))
+                .await;
+            continue;
+        }
+        pull(&hold, &inbox, &mut number).await;
+        let until = lock(&hold.inner).pulls.front().map(|pull| pull.until);
+        let until = until.unwrap_or_else(|| Instant::now() + hold.link.options.takeover);
+        tokio::select! {
+            arrived = arrivals.next() => match arrived {
+                Some(raw) => receive(&hold, raw, &inbox).await,
+                None => sleep(PAUSE).await,
+            },
+            () = hold.wake.notified() => {}
+            () = tokio::time::sleep_until(until) => {
+                // A pull was lost, or none is out, since all is in hand: is the queue still there?
+                lock(&hold.inner).pulls.retain(|pull| pull.until > Instant::now());
+                if hold.link.is_connected() {
+                    let _ = hold.check(Deadline::after(hold.link.options.takeover)).await;
+                }
+            }
+            _ = state.changed() => {
+                let now = state.borrow_and_update().generation;
+                if now != generation {
+                    generation = now;
+                    // What the server was asked on the old connection it has forgotten.
+                    lock(&hold.inner).pulls.clear();
+                    let _ = hold.look_back(Deadline::after(hold.link.options.takeover)).await;
+                }
+            }
+        }
+    }
+    let leaves = matches!(lock(&hold.inner).phase, Phase::Leaving(_));
+    if leaves {
+        leave(&hold, arrivals).await;
+    }
+    hold.gone.send_replace(true);
+    while !hold.is_over() {
+        give_back_loose(&hold);
+        hold.wake.notified().await;
+    }
+    give_back_loose(&hold);
+}
+
+/// Asks for as many as there is room for (law C9).
+async fn pull(hold: &Arc<Hold>, inbox: &str, number: &mut u64) {
+    if !hold.link.is_connected() {
+        return;
+    }
+    let room = {
+        let mut inner = lock(&hold.inner);
+        let asked: usize = inner.pulls.iter().map(|pull| pull.left).sum();
+        let room = hold
+            .prefetch
+            .saturating_sub(inner.buffer.len() + inner.held.len() + asked);
+        // A few large pulls rather than many of one, but never none while there is room.
+        if room == 0 || (asked > 0 && room < hold.prefetch.div_ceil(4)) {
+            return;
+        }
+        *number += 1;
+        let until = Instant::now() + PULL + SLACK;
+        inner.pulls.push_back(Pull {
+            number: *number,
+            left: room,
+            until,
+        });
+        room
+    };
+    let subject = format!(
+        "$JS.API.CONSUMER.MSG.NEXT.{}.{}",
+        hold.names.stream, hold.consumer
+    );
+    let body = format!("{{\"batch\":{room},\"expires\":{}}}", PULL.as_nanos());
+    let reply = format!("{inbox}.{number}");
+    if let Err(error) = hold
+        .link
+        .client
+        .publish_with_reply(subject, reply, body.into())
+        .await
+    {
+        tracing::debug!(%error, "a pull was not sent");
+        lock(&hold.inner)
+            .pulls
+            .retain(|pull| pull.number != *number);
+    }
+}
+
+async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
+    if let Some(status) = raw.status {
+        let number = raw
+            .subject
+            .strip_prefix(inbox)
+            .and_then(|number| number[1..].parse().ok());
+        lock(&hold.inner)
+            .pulls
+            .retain(|pull| Some(pull.number) != number);
+        if !matches!(status.as_u16(), 100 | 404 | 408) {
+            let checked = hold
+                .check(Deadline::after(hold.link.options.takeover))
+                .await;
+            if checked.is_err() || lock(&hold.inner).phase == Phase::Attached {
+                // All is well, so this passes: a leader that changes, a server that ends.
+                sleep(PAUSE).await;
+            }
+        }
+        return;
+    }
+    let Some(sequence) = raw.reply.as_ref().and_then(|reply| place(reply)) else {
+        return;
+    };
+    let mut received = Received {
+        sequence,
+        attempt: 0,
+        raw,
+    };
+    if is_settled(&lock(&hold.inner).settled, sequence) {
+        lock(&hold.inner).came();
+        settle::end(hold, &received).await;
+        return;
+    }
+    let (rest, suspect) = {
+        let mut inner = lock(&hold.inner);
+        inner.came();
+        let ours = inner
+            .held
+            .get(&sequence)
+            .is_some_and(|held| !held.returning);
+        if ours || inner.buffer.iter().any(|other| other.sequence == sequence) {
+            // Its lease ran out while nobody could keep it, and nobody else has it: the same delivery.
+            return;
+        }
+        inner.held.remove(&sequence);
+        inner.delayed.remove(&sequence);
+        received.attempt = inner.handed_out(sequence);
+        let due = inner.marks.get(&sequence).map_or(0, |mark| mark.due);
+        (
+            due.saturating_sub(now_ms()),
+            Notes::floors_over(&inner.floors, sequence) > 0,
+        )
+    };
+    if rest > 0 {
+        // The server forgot the delay.
+        settle::put_off(hold, &received, Duration::from_millis(rest)).await;
+        return;
+    }
+    if suspect && settle::is_dead_already(hold, &received).await {
+        return;
+    }
+    if let Some(letter) = form::was_letter(received.raw.headers.as_ref()) {
+        // Sent back by one that did not live to take the letter away (law C7).
+        let deadline = Deadline::after(hold.link.options.takeover);
+        let _ = hold.link.forget(&hold.names, letter, deadline).await;
+    }
+    let mut inner = lock(&hold.inner);
+    if received.attempt >= hold.limit {
+        // Given back by one that could not say so any more: it goes to the dead letters.
+        let reply = received.reply().to_owned();
+        inner.held.insert(
+            sequence,
+            Held {
+                reply,
+                live: false,
+                returning: false,
+            },
+        );
+        inner.loose.push(received);
+        drop(inner);
+        hold.wake.notify_one();
+        return;
+    }
+    inner.buffer.push_back(received);
+    drop(inner);
+    hold.arrived.notify_one();
+}
+
+/// Where this is in the stream, from where it is acknowledged:
+/// `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.…`, or since 2.14 also
+/// `$JS.ACK.<domain>.<account>.<stream>.<consumer>.<delivered>.<sequence>.…`.
+pub(super) fn place(reply: &str) -> Option<u64> {
+    let place = match reply.split('.').count() {
+        9 => 5,
+        11.. => 7,
+        _ => return None,
+    };
+    reply.split('.').nth(place)?.parse().ok()
+}
+
+/// Gives back what was dropped unsettled, each in a task of its own.
+fn give_back_loose(hold: &Arc<Hold>) {
+    let loose = std::mem::take(&mut lock(&hold.inner).loose);
+    for received in loose {
+        let hold = Arc::clone(hold);
+        tokio::spawn(async move { settle::give_back(&hold, &received).await });
+    }
+}
+
+/// Gives back what it has and makes way for the next.
+async fn leave(hold: &Arc<Hold>, arrivals: Subscriber) {
+    let deadline = Deadline::after(GOING);
+    let mut deaf = hold.deaf.subscribe();
+    hold.hush.notify_one();
+    let _ = deadline.bound(deaf.wait_for(|deaf| *deaf)).await;
+    let replies = {
+        let mut inner = lock(&hold.inner);
+        let all = inner.phase == Phase::Leaving(true);
+        inner.shared = !all && inner.held.values().any(|held| held.live);
+        let buffer = std::mem::take(&mut inner.buffer);
+        let replies = buffer.iter().map(|received| received.reply().to_owned());
+        if inner.shared {
+            replies.collect()
+        } else {
+            vec![]
+        }
+    };
+    drop(arrivals);
+    if let Err(error) = go(hold, replies, deadline).await {
+        // The next one finds it dead.
+        tracing::debug!(%error, "a consumer went without a word to the server");
+    }
+    let mut inner = lock(&hold.inner);
+    if !inner.shared {
+        inner.held.clear();
+        inner.loose.clear();
+    }
+    if matches!(inner.phase, Phase::Leaving(_)) {
+        inner.phase = Phase::Left;
+    }
+}
+
+/// Tells the server, step by step: what was handed out how often, then what goes back.
+async fn go(hold: &Arc<Hold>, buffer: Vec<String>, deadline: Deadline) -> Result<()> {
+    hold.note(deadline).await?;
+    if lock(&hold.inner).shared {
+        let given = buffer
+            .iter()
+            .map(|reply| settle::tell(&hold.link, reply, "-NAK", deadline));
+        futures_util::future::join_all(given).await;
+    } else {
+        // All that it had in its hands or on its way goes back with it, at once.
+        hold.link
+            .drop_consumer(&hold.names, &hold.consumer, deadline)
+            .await?;
+    }
+    hold.link
+        .drop_consumer(&hold.names, &lock_name(&hold.token), deadline)
+        .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_forms_of_an_ack_subject_are_read() {
+        assert_eq!(place("$JS.ACK.s.c.2.7.9.1700000000.0"), Some(7));
+        assert_eq!(place("$JS.ACK._.hash.s.c.2.7.9.1700000000.0"), Some(7));
+        assert_eq!(place("$JS.ACK._.hash.s.c.2.7.9.1700000000.0.x"), Some(7));
+        assert_eq!(place("$JS.ACK.s.c.2"), None);
+        assert_eq!(place("_INBOX.x"), None);
+    }
+}

@@ -1,0 +1,98 @@
+//! Dead letters: read, and sent back.
+
+use std::num::NonZeroU32;
+
+use async_nats::HeaderMap;
+use serde_json::Value;
+
+use super::{
+    api::{Refusal, json_of},
+    connection::{Link, Unanswered},
+    form,
+    names::Names,
+    no_queue,
+};
+use crate::{
+    broker::{DeadLetter, DeadLetterKey},
+    deadline::Deadline,
+    error::Result,
+    names::QueueName,
+};
+
+/// A letter's key is its sequence in the stream.
+fn sequence(key: &DeadLetterKey) -> Option<u64> {
+    key.0.parse().ok()
+}
+
+pub(super) async fn dead_letters(
+    link: &Link,
+    queue: &QueueName,
+    after: Option<&DeadLetterKey>,
+    limit: NonZeroU32,
+    deadline: Deadline,
+) -> Result<Vec<DeadLetter>> {
+    link.alive()?;
+    let names = Names::of(queue);
+    link.queue(&names, deadline).await?;
+    let mut letters = Vec::new();
+    let mut from = after.and_then(sequence).map_or(1, |sequence| sequence + 1);
+    while letters.len() < usize::try_from(limit.get()).unwrap_or(usize::MAX) {
+        let Some(stored) = link
+            .stored(&names, &names.all_dead(), from, deadline)
+            .await?
+        else {
+            break;
+        };
+        from = stored.sequence + 1;
+        letters.push(form::read_dead(
+            &stored.headers,
+            stored.body,
+            stored.sequence,
+        ));
+    }
+    Ok(letters)
+}
+
+/// Stores the message at the end of the queue, then takes the letter away. Both ids are the letter's: sent
+/// back twice it is stored once, and of two who take it away one does. Whoever receives the message takes
+/// away a letter that is still there.
+pub(super) async fn redrive(
+    link: &Link,
+    queue: &QueueName,
+    key: &DeadLetterKey,
+    deadline: Deadline,
+) -> Result<bool> {
+    link.alive()?;
+    let names = Names::of(queue);
+    link.queue(&names, deadline).await?;
+    let Some(sequence) = sequence(key) else {
+        return Ok(false);
+    };
+    let stored = link
+        .stored(&names, &names.all_dead(), sequence, deadline)
+        .await?;
+    let Some(stored) = stored.filter(|stored| stored.sequence == sequence) else {
+        return Ok(false);
+    };
+    let letter = form::read_dead(&stored.headers, stored.body, sequence);
+    let once = format!("redrive-{sequence}");
+    let headers: HeaderMap = form::redriven_headers(&letter.message, sequence, &once);
+    let answer = link
+        .call(
+            &names.input(),
+            Some(&headers),
+            &letter.message.body,
+            true,
+            deadline,
+        )
+        .await
+        .map_err(Unanswered::into_error)?;
+    if answer.nobody() {
+        return Err(no_queue());
+    }
+    let value: Value = json_of(&answer)?;
+    if let Some(refusal) = Refusal::of(&value) {
+        return Err(refusal.into_error());
+    }
+    link.forget(&names, sequence, deadline).await
+}

@@ -1,0 +1,245 @@
+//! What the server does not keep of a queue's deliveries: who consumes, what waits for its delay, and how
+//! often each was handed out. The server's own count is of what it sent, and much of that waits in a
+//! consumer's buffer and goes back uncounted (laws C9, F8).
+//!
+//! The notes are one small message in the queue's own stream, written by the attached consumer alone,
+//! alternately to two subjects so that one whole copy is always there, whatever the queue's limit. The
+//! copy of the highest term and version counts: a consumer that was taken over writes under an older
+//! term, and is not believed.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{
+    api::{Refusal, Stored, json_of},
+    connection::{Link, Unanswered},
+    names::Names,
+    no_queue,
+};
+use crate::{
+    deadline::Deadline,
+    error::{Error, ErrorKind, Result},
+};
+
+/// How many runs of settled messages are kept: where messages are settled in order they are few, and a
+/// server that does not sync by itself does so within minutes.
+const MAX_RUNS: usize = 1_024;
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Notes {
+    /// Counts the attachments; the version counts the copies in one.
+    pub(super) term: u64,
+    pub(super) version: u64,
+    /// The token of the attached consumer; `None` if the last one left in order.
+    pub(super) holder: Option<String>,
+    /// The server's consumer through which messages are delivered.
+    pub(super) consumer: Option<String>,
+    /// For each consumer that died: the last message that the server had sent it. Every one up to there
+    /// counts as handed out once more than was noted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) floors: Vec<u64>,
+    /// By stream sequence.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) marks: BTreeMap<u64, Mark>,
+    /// Where this copy is, and its sequence there; 0: nowhere yet.
+    /// What was settled a while ago, by sequence, both ends of each run: a server that does not sync
+    /// forgets settlements that it confirmed when it is killed, and delivers these again (law C2).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) settled: BTreeMap<u64, u64>,
+    #[serde(skip)]
+    slot: usize,
+    #[serde(skip)]
+    sequence: u64,
+    /// The copy before, that is to go.
+    #[serde(skip)]
+    old: u64,
+}
+
+/// What is to be known of one message.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Mark {
+    /// How often it was handed out, the floors apart: less than none where a floor counts too much.
+    #[serde(default)]
+    pub(super) seen: i64,
+    /// Not before this moment, in milliseconds since 1970.
+    #[serde(default)]
+    pub(super) due: u64,
+}
+
+impl Notes {
+    /// The newest copy, or empty notes.
+    pub(super) async fn read(link: &Link, names: &Names, deadline: Deadline) -> Result<Self> {
+        let slots = [names.slot(0), names.slot(1)];
+        let (a, b) = tokio::join!(
+            link.last(names, &slots[0], deadline),
+            link.last(names, &slots[1], deadline)
+        );
+        let mut newest = Self::default();
+        for (slot, stored) in [a?, b?].into_iter().enumerate() {
+            let copy = stored.and_then(|stored| Some((Self::of(&stored)?, stored.sequence)));
+            if let Some((copy, sequence)) = copy
+                && copy.age() > newest.age()
+            {
+                newest = Self {
+                    slot,
+                    sequence,
+                    ..copy
+                };
+            }
+        }
+        Ok(newest)
+    }
+
+    fn of(stored: &Stored) -> Option<Self> {
+        serde_json::from_slice(&stored.body).ok()
+    }
+
+    fn age(&self) -> (u64, u64) {
+        (self.term, self.version)
+    }
+
+    /// How many floors count a message.
+    pub(super) fn floors_over(floors: &[u64], sequence: u64) -> i64 {
+        let over = floors.iter().filter(|floor| **floor >= sequence).count();
+        i64::try_from(over).unwrap_or(i64::MAX)
+    }
+
+    /// How many messages wait for their delay.
+    pub(super) fn delayed(&self) -> u64 {
+        let now = now_ms();
+        self.marks.values().filter(|mark| mark.due > now).count() as u64
+    }
+
+    /// Stores these as the next copy.
+    pub(super) async fn write(
+        &mut self,
+        link: &Link,
+        names: &Names,
+        deadline: Deadline,
+    ) -> Result<()> {
+        self.version += 1;
+        let body = serde_json::to_vec(self).map_err(|error| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("notes have no JSON form: {error}"),
+            )
+        })?;
+        let body = Bytes::from(body);
+        let to = (self.slot + 1) % 2;
+        let sequence = loop {
+            let answer = link
+                .call(&names.slot(to), None, &body, true, deadline)
+                .await
+                .map_err(Unanswered::into_error)?;
+            if answer.nobody() {
+                return Err(no_queue());
+            }
+            let value: Value = json_of(&answer)?;
+            match Refusal::of(&value) {
+                None => break value["seq"].as_u64().unwrap_or(0),
+                // An older copy is in the way, which a limit of one message makes a full place.
+                Some(refusal) if refusal.code == 10_077 => {
+                    let there = link.last(names, &names.slot(to), deadline).await?;
+                    match there.map(|there| (Self::of(&there), there.sequence)) {
+                        Some((Some(copy), _)) if copy.age() > self.age() => {
+                            return Err(taken_over());
+                        }
+                        Some((_, sequence)) => {
+                            link.forget(names, sequence, deadline).await?;
+                        }
+                        None => {}
+                    }
+                }
+                Some(refusal) => return Err(refusal.into_error()),
+            }
+        };
+        self.old = std::mem::replace(&mut self.sequence, sequence);
+        self.slot = to;
+        // The notes' own places are no messages: so runs of messages that they stand between stay whole.
+        settle(&mut self.settled, sequence);
+        Ok(())
+    }
+
+    /// Where the last copy was written.
+    pub(super) fn place(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Takes away the copy before the one that was written last; to be done before the next.
+    pub(super) async fn tidy(
+        &mut self,
+        link: &Link,
+        names: &Names,
+        deadline: Deadline,
+    ) -> Result<()> {
+        let old = std::mem::take(&mut self.old);
+        if old > 0 {
+            link.forget(names, old, deadline).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Adds a message to the runs of those that are settled.
+pub(super) fn settle(runs: &mut BTreeMap<u64, u64>, sequence: u64) {
+    let before = runs
+        .range(..=sequence)
+        .next_back()
+        .map(|(first, last)| (*first, *last));
+    let (first, mut last) = match before {
+        Some((_, last)) if last >= sequence => return,
+        Some((first, last)) if last + 1 == sequence => (first, sequence),
+        _ => (sequence, sequence),
+    };
+    if let Some(end) = runs.remove(&(sequence + 1)) {
+        last = end;
+    }
+    runs.insert(first, last);
+    if runs.len() > MAX_RUNS {
+        runs.pop_first();
+    }
+}
+
+/// Whether a message is among the settled.
+pub(super) fn is_settled(runs: &BTreeMap<u64, u64>, sequence: u64) -> bool {
+    runs.range(..=sequence)
+        .next_back()
+        .is_some_and(|(_, last)| *last >= sequence)
+}
+
+pub(super) fn taken_over() -> Error {
+    Error::new(ErrorKind::LeaseLost, "another consumer took over")
+}
+
+pub(super) fn now_ms() -> u64 {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO);
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settled_messages_are_kept_in_runs() {
+        let mut runs = BTreeMap::new();
+        for sequence in [5, 1, 2, 7, 6, 2, 9] {
+            settle(&mut runs, sequence);
+        }
+        assert_eq!(runs, BTreeMap::from([(1, 2), (5, 7), (9, 9)]));
+        let settled: Vec<_> = (0..11).filter(|n| is_settled(&runs, *n)).collect();
+        assert_eq!(settled, [1, 2, 5, 6, 7, 9]);
+        for sequence in 100..100 + 2 * MAX_RUNS as u64 {
+            settle(&mut runs, sequence * 2);
+        }
+        assert_eq!(runs.len(), MAX_RUNS);
+    }
+}

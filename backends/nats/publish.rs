@@ -1,0 +1,113 @@
+//! Storing messages: each confirmed by the server, each answer matched by the inbox it came to.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::time::sleep;
+
+use super::{
+    api::{Fence, Refusal, json_of},
+    connection::{Link, Unanswered},
+    form::{self, Deduplicated, MAX_HEADER_BYTES},
+    names::Names,
+    no_queue,
+};
+use crate::{
+    broker::Receipt,
+    deadline::Deadline,
+    error::{Error, ErrorKind, Outcome, Result},
+    message::Message,
+    names::QueueName,
+};
+
+/// How long until a queue that takes nothing just now is tried again.
+const PAUSE: Duration = Duration::from_millis(10);
+
+pub(super) async fn publish(
+    link: &Link,
+    queue: &QueueName,
+    message: Message,
+    deadline: Deadline,
+) -> Result<Receipt> {
+    link.alive()?;
+    let names = Names::of(queue);
+    let limit = largest_body(link);
+    if message.body.len() as u64 > limit {
+        return Err(Error::new(
+            ErrorKind::TooLarge { limit },
+            format!(
+                "{} bytes are too many: this server takes {limit}",
+                message.body.len()
+            ),
+        )
+        .with_outcome(Outcome::NotStored));
+    }
+    let headers = form::headers(&message, Deduplicated::ByItsId);
+    let not_stored = |error: Error| error.with_outcome(Outcome::NotStored);
+    // Bounds what a server has to take in at once; it drops what is too much.
+    let room = deadline
+        .bound(link.publishes.acquire())
+        .await
+        .map_err(not_stored)?;
+    let _room = room.map_err(|_| not_stored(super::closed()))?;
+    if deadline.has_passed() {
+        return Err(not_stored(Error::new(
+            ErrorKind::DeadlineExceeded,
+            "the deadline passed first",
+        )));
+    }
+    // Once a copy was sent that had no answer, no later answer says what became of it (law P4).
+    let mut outcome = Outcome::NotStored;
+    loop {
+        let answer = match link
+            .call(
+                &names.input(),
+                Some(&headers),
+                &message.body,
+                true,
+                deadline,
+            )
+            .await
+        {
+            Ok(answer) => answer,
+            Err(Unanswered::NotSent(error)) => return Err(error.with_outcome(outcome)),
+            Err(Unanswered::Unknown(error)) => return Err(error.with_outcome(Outcome::Unknown)),
+        };
+        if !answer.first {
+            outcome = Outcome::Unknown;
+        }
+        if !answer.nobody() {
+            let value = json_of(&answer).map_err(|error| error.with_outcome(Outcome::Unknown))?;
+            return confirmed(&value).map_err(|error| error.with_outcome(outcome));
+        }
+        // Nobody takes it: there is no such queue, or it takes nothing for the moment.
+        let there = link.stream(&names, deadline).await;
+        let there = there.map_err(|error| error.with_outcome(outcome))?;
+        match there.map(|there| there.fence()) {
+            None | Some(Some(Fence::Deleting)) => return Err(no_queue().with_outcome(outcome)),
+            Some(Some(Fence::Closing) | None) => {
+                let paused = deadline.bound(sleep(PAUSE)).await;
+                paused.map_err(|error| error.with_outcome(outcome))?;
+            }
+        }
+    }
+}
+
+/// What a server's confirm says.
+fn confirmed(value: &Value) -> Result<Receipt> {
+    if let Some(refusal) = Refusal::of(value) {
+        return Err(refusal.into_error());
+    }
+    match value["seq"].as_u64() {
+        Some(1..) => Ok(Receipt::new(value["duplicate"] == true)),
+        _ => Err(Error::new(
+            ErrorKind::Undecodable,
+            "the server's answer is neither a confirm nor a refusal",
+        )),
+    }
+}
+
+/// The largest body that this server takes, whatever headers come with it, now and as a dead letter.
+fn largest_body(link: &Link) -> u64 {
+    link.client.max_payload().saturating_sub(MAX_HEADER_BYTES) as u64
+}

@@ -1,0 +1,69 @@
+//! TLS through rustls; the host's name is always checked (law S3).
+
+use std::sync::Arc;
+
+use async_nats::{
+    ConnectOptions,
+    rustls::{
+        ClientConfig, RootCertStore,
+        crypto::{CryptoProvider, ring},
+        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    },
+};
+
+use crate::{
+    endpoint::Tls,
+    error::{Error, ErrorKind, Result},
+};
+
+pub(super) fn apply(connect: ConnectOptions, tls: &Tls) -> Result<ConnectOptions> {
+    let connect = connect.require_tls(true);
+    let Some(authorities) = &tls.authorities else {
+        if tls.identity.is_some() {
+            return Err(invalid(
+                "options cert and key need the option ca with them: the authorities to trust"
+                    .into(),
+            ));
+        }
+        // The client builds its own from the system's authorities, with the process's provider.
+        if CryptoProvider::get_default().is_none() {
+            let _ = ring::default_provider().install_default();
+        }
+        return Ok(connect);
+    };
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(authorities, "ca")? {
+        roots
+            .add(certificate)
+            .map_err(|error| invalid(format!("option ca: {error}")))?;
+    }
+    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| invalid(error.to_string()))?
+        .with_root_certificates(roots);
+    let config = match &tls.identity {
+        None => builder.with_no_client_auth(),
+        Some(identity) => {
+            let key = PrivateKeyDer::from_pem_slice(&identity.key)
+                .map_err(|_| invalid("option key: no private key in PEM form".into()))?;
+            builder
+                .with_client_auth_cert(certificates(&identity.certificate, "cert")?, key)
+                .map_err(|error| invalid(format!("options cert and key: {error}")))?
+        }
+    };
+    Ok(connect.tls_client_config(config))
+}
+
+fn certificates(pem: &[u8], option: &str) -> Result<Vec<CertificateDer<'static>>> {
+    let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    match read {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        _ => Err(invalid(format!(
+            "option {option}: no certificate in PEM form"
+        ))),
+    }
+}
+
+fn invalid(message: String) -> Error {
+    Error::new(ErrorKind::InvalidUrl, message)
+}

@@ -1,0 +1,432 @@
+//! Queues: one stream each, made, looked at and deleted.
+//!
+//! A stream is made in one step, so a queue is there whole or not at all. Deleting takes several, behind
+//! a fence: the stream's configuration no longer lists the subject of new messages, so that from then on
+//! the server itself answers every publish with "no responders" (law Q6).
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+
+use super::{
+    api::{Description, Fence, Refusal, STREAM_EXISTS, STREAM_NOT_FOUND, SUBJECTS_OVERLAP, Stream},
+    attach,
+    connection::{Link, Unanswered},
+    consume::Told,
+    form,
+    names::{LANES, Names, token},
+    no_queue,
+    notes::Notes,
+};
+use crate::{
+    broker::{Declared, DeleteMode, Discarded, QueueSpec, QueueStatus},
+    deadline::Deadline,
+    error::{Error, ErrorKind, Result},
+    names::QueueName,
+};
+
+/// How long the server knows an id: wider than any deadline of a publish that is sent again.
+const DUPLICATES: Duration = Duration::from_secs(10 * 60);
+
+/// How often a fence is looked at again.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// After this long a fence was left behind by somebody who did not live to finish. Deleting stops well
+/// before it.
+const ABANDONED: Duration = Duration::from_secs(30);
+
+/// How long a status waits for a consumer that is attached and says nothing.
+const SILENCE: Duration = Duration::from_millis(250);
+const QUESTIONS: u32 = 3;
+
+/// The configuration of a queue's stream.
+fn config(names: &Names, description: &Description, replicas: u64) -> Value {
+    let mut config = json!({
+        "name": names.stream,
+        "description": serde_json::to_string(description).unwrap_or_default(),
+        "subjects": names.subjects(description.fence.is_some()),
+        "retention": "workqueue",
+        "storage": "file",
+        // Refuse the new one at a limit, never drop the oldest (law Q12).
+        "discard": "new",
+        "max_msgs": -1,
+        "max_bytes": -1,
+        "max_age": 0,
+        "max_consumers": 16,
+        "max_msgs_per_subject": -1,
+        "num_replicas": replicas,
+        "duplicate_window": u64::try_from(DUPLICATES.as_nanos()).unwrap_or(u64::MAX),
+    });
+    if let Some(most) = description.max_messages {
+        // By subject, so that neither dead letters nor notes count.
+        config["max_msgs_per_subject"] = most.into();
+        config["discard_new_per_subject"] = true.into();
+    }
+    config
+}
+
+pub(super) async fn declare(link: &Link, spec: &QueueSpec, deadline: Deadline) -> Result<Declared> {
+    link.alive()?;
+    if spec.max_messages == Some(0) {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "NATS has no queue for no messages: max_messages is at least 1",
+        ));
+    }
+    let names = Names::of(&spec.name);
+    let description = Description {
+        wilco: 1,
+        delivery_limit: spec.delivery_limit,
+        max_messages: spec.max_messages,
+        made: token(),
+        fence: None,
+    };
+    let wanted = config(
+        &names,
+        &description,
+        link.options.replicas.unwrap_or(1).into(),
+    );
+    let verb = format!("STREAM.CREATE.{}", names.stream);
+    let mut fenced_since = None;
+    loop {
+        match link.api(&verb, &wanted, deadline).await? {
+            Ok(_) => return Ok(Declared::Created),
+            Err(refusal) if refusal.code == STREAM_EXISTS => {}
+            Err(refusal) if refusal.code == SUBJECTS_OVERLAP => {
+                return Err(mismatch(vec![
+                    "subjects of this queue belong to another stream".into(),
+                ]));
+            }
+            Err(refusal) => return Err(refusal.into_error()),
+        }
+        let Some(there) = link.stream(&names, deadline).await? else {
+            continue;
+        };
+        match there.fence() {
+            None => {
+                let differences = differences(&there, spec, &wanted, link.options.replicas)?;
+                if differences.is_empty() {
+                    return Ok(Declared::AlreadyExists);
+                }
+                return Err(mismatch(differences));
+            }
+            Some(fence) => {
+                let since = *fenced_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > ABANDONED {
+                    finish(link, &names, &there, fence, deadline).await?;
+                } else {
+                    deadline.bound(sleep(PAUSE)).await?;
+                }
+            }
+        }
+    }
+}
+
+/// Ends what somebody began and did not live to end: a deletion is carried out, a look is called off.
+async fn finish(
+    link: &Link,
+    names: &Names,
+    there: &Stream,
+    fence: Fence,
+    deadline: Deadline,
+) -> Result<()> {
+    match fence {
+        Fence::Deleting => drop_stream(link, names, deadline).await.map(drop),
+        Fence::Closing => update(link, names, there, None, deadline).await,
+    }
+}
+
+fn mismatch(differences: Vec<String>) -> Error {
+    Error::new(
+        ErrorKind::Mismatch { differences },
+        "the queue exists with other arguments",
+    )
+}
+
+/// What a stream has otherwise than asked, and what in it would lose messages (law Q3).
+fn differences(
+    there: &Stream,
+    spec: &QueueSpec,
+    wanted: &Value,
+    replicas: Option<u8>,
+) -> Result<Vec<String>> {
+    let Ok(have) = there.spec(&spec.name) else {
+        return Ok(vec!["the stream of this name is not one of wilco's".into()]);
+    };
+    let mut differences = have.differences(spec);
+    let mut compared = vec![
+        "retention",
+        "storage",
+        "discard",
+        "max_msgs",
+        "max_bytes",
+        "max_age",
+        "max_consumers",
+        "duplicate_window",
+        "subjects",
+    ];
+    if have.max_messages == spec.max_messages {
+        compared.push("max_msgs_per_subject");
+    }
+    if replicas.is_some() {
+        compared.push("num_replicas");
+    }
+    for name in compared {
+        let (have, want) = (&there.config()[name], &wanted[name]);
+        if have != want {
+            differences.push(format!("{name} is {have}, wilco needs {want}"));
+        }
+    }
+    for name in ["no_ack", "sealed"] {
+        if there.config()[name] == true {
+            differences.push(format!("{name} is true, wilco needs false"));
+        }
+    }
+    if there.config()["persist_mode"] == "async" {
+        differences.push("persist_mode is async, which confirms before it stores".into());
+    }
+    Ok(differences)
+}
+
+pub(super) async fn status(
+    link: &Link,
+    queue: &QueueName,
+    deadline: Deadline,
+) -> Result<QueueStatus> {
+    link.alive()?;
+    let names = Names::of(queue);
+    let (stream, held) = tokio::join!(link.queue(&names, deadline), ask(link, &names, deadline));
+    let stream = stream?;
+    let (living, dead) = stream.counts(&names);
+    let mut status = QueueStatus::new(queue.clone());
+    status.dead = dead;
+    let made = stream.description().map(|description| description.made);
+    match held? {
+        // One whose queue was deleted and made again, and who does not know it yet, speaks of another.
+        Some(told) if made.as_ref().is_none_or(|made| told.is_of(made)) => {
+            status.consumers = u32::from(told.attached);
+            status.in_flight = told.in_flight.min(living);
+            status.delayed = told.delayed.min(living - status.in_flight);
+        }
+        _ if living > 0 => {
+            let notes = Notes::read(link, &names, deadline).await?;
+            status.delayed = notes.delayed().min(living);
+        }
+        _ => {}
+    }
+    status.ready = living - status.in_flight - status.delayed;
+    Ok(status)
+}
+
+/// What the attached consumer says that it holds; `None`: there is none.
+async fn ask(link: &Link, names: &Names, deadline: Deadline) -> Result<Option<Told>> {
+    let mut left = QUESTIONS;
+    loop {
+        let patience = deadline.or_after(SILENCE);
+        let answer = link
+            .call(&names.held(), None, &Bytes::new(), true, patience)
+            .await;
+        left -= 1;
+        match answer {
+            Ok(answer) if answer.nobody() => return Ok(None),
+            Ok(answer) => return Ok(serde_json::from_slice(&answer.message.payload).ok()),
+            // The question may have come as it went: asked again.
+            Err(Unanswered::Unknown(_)) if !deadline.has_passed() && left > 0 => {}
+            // Attached, for all that the server knows, and silent.
+            Err(Unanswered::Unknown(_)) if !deadline.has_passed() && link.is_connected() => {
+                return Ok(Some(Told::silent()));
+            }
+            Err(error) => return Err(error.into_error()),
+        }
+    }
+}
+
+/// Every stream of wilco's, looked at one by one: right for what a person looks at, slow for very many.
+pub(super) async fn list(link: &Link, deadline: Deadline) -> Result<Vec<QueueStatus>> {
+    const AT_ONCE: usize = 32;
+    link.alive()?;
+    let mut queues = Vec::new();
+    loop {
+        let body = json!({ "subject": "wilco.>", "offset": queues.len() });
+        let page = link
+            .api("STREAM.NAMES", &body, deadline)
+            .await?
+            .map_err(Refusal::into_error)?;
+        let page: Vec<_> = page["streams"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .cloned()
+            .collect();
+        if page.is_empty() {
+            break;
+        }
+        queues.extend(page);
+        if queues.len() as u64 >= 1_000_000 {
+            break;
+        }
+    }
+    let queues: Vec<_> = queues
+        .iter()
+        .filter_map(Value::as_str)
+        .filter(|name| *name != LANES)
+        .filter_map(Names::queue)
+        .collect();
+    let looks =
+        stream::iter(queues).map(|queue| async move { status(link, &queue, deadline).await });
+    let looked: Vec<_> = looks.buffer_unordered(AT_ONCE).collect().await;
+    let mut all = Vec::new();
+    for status in looked {
+        match status {
+            Ok(status) => all.push(status),
+            // It went meanwhile.
+            Err(error) if *error.kind() == ErrorKind::NoQueue => {}
+            Err(error) => return Err(error),
+        }
+    }
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(all)
+}
+
+pub(super) async fn delete(
+    link: &Link,
+    queue: &QueueName,
+    mode: DeleteMode,
+    deadline: Deadline,
+) -> Result<Discarded> {
+    link.alive()?;
+    let names = Names::of(queue);
+    // Whoever takes longer stops, since somebody else may take its fence for abandoned then.
+    let deadline = deadline.or_after(ABANDONED / 2);
+    let there = loop {
+        let there = link.queue(&names, deadline).await?;
+        match (there.fence(), mode) {
+            (None, _) | (Some(Fence::Closing), DeleteMode::Discard) => break there,
+            // Somebody else is looking whether it is empty.
+            (Some(_), _) => deadline.bound(sleep(PAUSE)).await?,
+        }
+    };
+    let not_empty = |stream: &Stream| {
+        let (living, dead) = stream.counts(&names);
+        match living + dead {
+            0 => Ok(()),
+            messages => Err(Error::new(
+                ErrorKind::NotEmpty { messages },
+                format!("the queue holds {messages} messages; say that they may be discarded"),
+            )),
+        }
+    };
+    match mode {
+        DeleteMode::IfEmpty => {
+            not_empty(&there)?;
+            update(link, &names, &there, Some(Fence::Closing), deadline).await?;
+            barrier(link, &names, deadline).await?;
+            let fenced = link.queue(&names, deadline).await?;
+            if let Err(error) = not_empty(&fenced) {
+                update(link, &names, &there, None, deadline).await?;
+                return Err(error);
+            }
+            drop_stream(link, &names, deadline).await?;
+            attach::nudge(link, &names).await;
+            Ok(Discarded::default())
+        }
+        DeleteMode::Discard => {
+            update(link, &names, &there, Some(Fence::Deleting), deadline).await?;
+            barrier(link, &names, deadline).await?;
+            // No ack gets an answer from here on: what is read below is what was not acked.
+            for consumer in consumers(link, &names, deadline).await? {
+                link.drop_consumer(&names, &consumer, deadline).await?;
+            }
+            let left = link.stream(&names, deadline).await?.ok_or_else(no_queue)?;
+            let (living, dead) = left.counts(&names);
+            let ids = ids(link, &names, living, deadline).await?;
+            let gone = drop_stream(link, &names, deadline).await?;
+            attach::nudge(link, &names).await;
+            if !gone {
+                return Err(no_queue());
+            }
+            Ok(Discarded::new(living + dead, ids))
+        }
+    }
+}
+
+/// The queue's consumers; data ones first, so that a live one is told that its queue went rather than
+/// that another took over.
+async fn consumers(link: &Link, names: &Names, deadline: Deadline) -> Result<Vec<String>> {
+    let mut consumers = link.consumers(names, deadline).await?;
+    consumers.sort();
+    Ok(consumers)
+}
+
+/// Changes a stream's fence.
+async fn update(
+    link: &Link,
+    names: &Names,
+    there: &Stream,
+    fence: Option<Fence>,
+    deadline: Deadline,
+) -> Result<()> {
+    let description = there.description().ok_or_else(no_queue)?;
+    let description = Description {
+        fence,
+        ..description
+    };
+    let replicas = there.config()["num_replicas"].as_u64().unwrap_or(1);
+    let config = config(names, &description, replicas);
+    let verb = format!("STREAM.UPDATE.{}", names.stream);
+    match link.api(&verb, &config, deadline).await? {
+        Ok(_) => Ok(()),
+        Err(refusal) => Err(refusal.into_error()),
+    }
+}
+
+/// Waits until every message that the server took in before is stored or refused: it goes through the
+/// same door as they did, and is refused itself.
+async fn barrier(link: &Link, names: &Names, deadline: Deadline) -> Result<()> {
+    let mut headers = async_nats::HeaderMap::new();
+    headers.insert("Nats-Expected-Last-Sequence", u64::MAX.to_string().as_str());
+    link.call(&names.lock(), Some(&headers), &Bytes::new(), true, deadline)
+        .await
+        .map(drop)
+        .map_err(Unanswered::into_error)
+}
+
+/// False: somebody else did it.
+async fn drop_stream(link: &Link, names: &Names, deadline: Deadline) -> Result<bool> {
+    let verb = format!("STREAM.DELETE.{}", names.stream);
+    let gone = match link.api(&verb, &json!({}), deadline).await? {
+        Ok(_) => true,
+        Err(Refusal {
+            code: STREAM_NOT_FOUND,
+            ..
+        }) => false,
+        Err(refusal) => return Err(refusal.into_error()),
+    };
+    // A responder that was killed leaves its claim to time; with the queue it goes at once (law Q7).
+    match link.purge(LANES, &names.claim(), deadline).await {
+        Err(error) if !matches!(error.kind(), ErrorKind::BrokerRefused) => Err(error),
+        _ => Ok(gone),
+    }
+}
+
+/// The ids of the first messages that are not dead.
+async fn ids(
+    link: &Link,
+    names: &Names,
+    living: u64,
+    deadline: Deadline,
+) -> Result<Vec<crate::message::MessageId>> {
+    let mut ids = Vec::new();
+    let mut from = 1;
+    while (ids.len() as u64) < living && ids.len() < Discarded::MAX_IDS {
+        let Some(stored) = link.stored(names, &names.input(), from, deadline).await? else {
+            break;
+        };
+        from = stored.sequence + 1;
+        ids.push(form::read(Some(&stored.headers), stored.body, stored.sequence).id);
+    }
+    Ok(ids)
+}

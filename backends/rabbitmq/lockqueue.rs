@@ -1,0 +1,95 @@
+//! A lock on the broker: an exclusive queue, which one connection at a time can have, and which is gone
+//! with it.
+
+use std::{sync::Arc, time::Duration};
+
+use lapin::{
+    Channel,
+    options::{QueueDeclareOptions, QueueDeleteOptions},
+    types::FieldTable,
+};
+
+use super::{
+    ask::is_attended,
+    connection::{AGAIN, Core},
+    fault::Fault,
+    link::Wire,
+};
+use crate::deadline::Deadline;
+
+/// Makes an exclusive queue. `Ok(None)`: another connection has it.
+pub(super) async fn try_exclusive(wire: &Wire, name: &str) -> Result<Option<Channel>, Fault> {
+    let channel = wire.channel().await?;
+    let options = QueueDeclareOptions {
+        exclusive: true,
+        ..QueueDeclareOptions::default()
+    };
+    let made = channel
+        .queue_declare(name.into(), options, FieldTable::default())
+        .await;
+    match made.map_err(Fault::from) {
+        Ok(_) => Ok(Some(channel)),
+        // Not found: its last owner is about to give it back.
+        Err(Fault::Amqp(405 | 404, _)) => Ok(None),
+        Err(fault) => Err(fault),
+    }
+}
+
+/// A lock that is held. Dropped, it is given back soon after; [`Guard::release`] waits for that.
+pub(super) struct Guard {
+    channel: Option<Channel>,
+    name: String,
+    /// Given up last: until the lock is gone, this connection would be given it a second time.
+    turn: Option<tokio::sync::OwnedMutexGuard<()>>,
+}
+
+/// Waits for the lock. Whoever waits is bound by a deadline of its own.
+pub(super) async fn take(core: &Arc<Core>, wire: &Wire, name: String) -> Result<Guard, Fault> {
+    let turn = core.turn(&name).lock_owned().await;
+    let look = Deadline::after(Duration::from_secs(60));
+    loop {
+        // A refusal costs a channel for good; a look costs nothing.
+        while is_attended(core, &name, look).await? {
+            tokio::time::sleep(AGAIN).await;
+        }
+        if let Some(channel) = try_exclusive(wire, &name).await? {
+            return Ok(Guard {
+                channel: Some(channel),
+                name,
+                turn: Some(turn),
+            });
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+impl Guard {
+    pub(super) async fn release(mut self) -> Result<(), Fault> {
+        match self.channel.take() {
+            Some(channel) => give_back(channel, &self.name).await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let (Some(channel), Ok(runtime)) =
+            (self.channel.take(), tokio::runtime::Handle::try_current())
+        {
+            let (name, turn) = (std::mem::take(&mut self.name), self.turn.take());
+            runtime.spawn(async move {
+                let _turn = turn;
+                // Where this fails the connection is gone, and the lock with it.
+                let _ = give_back(channel, &name).await;
+            });
+        }
+    }
+}
+
+async fn give_back(channel: Channel, name: &str) -> Result<(), Fault> {
+    channel
+        .queue_delete(name.into(), QueueDeleteOptions::default())
+        .await?;
+    Ok(channel.close(200, "done".into()).await?)
+}

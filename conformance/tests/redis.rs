@@ -1,0 +1,11 @@
+//! Every check on Redis Streams, on a real server.
+
+mod common;
+
+use wilco_conformance::{for_each_check, harnesses::Redis};
+
+const HARNESS: Redis = Redis;
+
+const NOT_RUN: &[&str] = &[];
+
+for_each_check!(common::tests);
