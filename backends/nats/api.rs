@@ -8,8 +8,9 @@ use tokio::time::sleep;
 
 use super::{
     connection::{Answer, Link, Unanswered},
-    form, no_queue,
+    form,
     names::Names,
+    no_queue,
 };
 use crate::{
     broker::QueueSpec,
@@ -43,7 +44,10 @@ impl Refusal {
         let error = answer.get("error")?;
         Some(Self {
             code: error["err_code"].as_u64().unwrap_or(0),
-            text: error["description"].as_str().unwrap_or("no reason given").into(),
+            text: error["description"]
+                .as_str()
+                .unwrap_or("no reason given")
+                .into(),
         })
     }
 
@@ -77,7 +81,10 @@ impl Link {
                 let value: Value = json_of(&answer)?;
                 match Refusal::of(&value) {
                     // Temporarily unavailable; no leader yet.
-                    Some(Refusal { code: 10_008 | 10_009, .. }) if !deadline.has_passed() => {}
+                    Some(Refusal {
+                        code: 10_008 | 10_009,
+                        ..
+                    }) if !deadline.has_passed() => {}
                     Some(refusal) => return Ok(Err(refusal)),
                     None => return Ok(Ok(value)),
                 }
@@ -99,7 +106,10 @@ impl Link {
         let body = json!({ "subjects_filter": names.living() });
         match self.api(&verb, &body, deadline).await? {
             Ok(value) => Ok(Some(Stream(value))),
-            Err(Refusal { code: STREAM_NOT_FOUND, .. }) => Ok(None),
+            Err(Refusal {
+                code: STREAM_NOT_FOUND,
+                ..
+            }) => Ok(None),
             Err(refusal) => Err(refusal.into_error()),
         }
     }
@@ -107,7 +117,9 @@ impl Link {
     /// The stream of a queue that exists.
     pub(super) async fn queue(&self, names: &Names, deadline: Deadline) -> Result<Stream> {
         let stream = self.stream(names, deadline).await?;
-        stream.filter(|stream| stream.fence() != Some(Fence::Deleting)).ok_or_else(no_queue)
+        stream
+            .filter(|stream| stream.fence() != Some(Fence::Deleting))
+            .ok_or_else(no_queue)
     }
 
     /// One stored message: the next from a sequence on, of the subjects that match.
@@ -118,7 +130,12 @@ impl Link {
         from: u64,
         deadline: Deadline,
     ) -> Result<Option<Stored>> {
-        self.get(names, &json!({ "seq": from, "next_by_subj": subject }), deadline).await
+        self.get(
+            names,
+            &json!({ "seq": from, "next_by_subj": subject }),
+            deadline,
+        )
+        .await
     }
 
     /// The last message stored on a subject.
@@ -128,14 +145,18 @@ impl Link {
         subject: &str,
         deadline: Deadline,
     ) -> Result<Option<Stored>> {
-        self.get(names, &json!({ "last_by_subj": subject }), deadline).await
+        self.get(names, &json!({ "last_by_subj": subject }), deadline)
+            .await
     }
 
     async fn get(&self, names: &Names, what: &Value, deadline: Deadline) -> Result<Option<Stored>> {
         let verb = format!("STREAM.MSG.GET.{}", names.stream);
         match self.api(&verb, what, deadline).await? {
             Ok(value) => Ok(Some(Stored::of(&value["message"]))),
-            Err(Refusal { code: MESSAGE_NOT_FOUND, .. }) => Ok(None),
+            Err(Refusal {
+                code: MESSAGE_NOT_FOUND,
+                ..
+            }) => Ok(None),
             Err(refusal) => Err(refusal.into_error()),
         }
     }
@@ -151,10 +172,17 @@ impl Link {
         let body = json!({ "seq": sequence, "no_erase": true });
         match self.api(&verb, &body, deadline).await? {
             Ok(_) => Ok(true),
-            Err(Refusal { code: STREAM_NOT_FOUND, .. }) => Err(no_queue()),
-            Err(refusal) if refusal.code == MESSAGE_NOT_FOUND
-                || refusal.text.contains("not found")
-                || refusal.text.contains("no message") => Ok(false),
+            Err(Refusal {
+                code: STREAM_NOT_FOUND,
+                ..
+            }) => Err(no_queue()),
+            Err(refusal)
+                if refusal.code == MESSAGE_NOT_FOUND
+                    || refusal.text.contains("not found")
+                    || refusal.text.contains("no message") =>
+            {
+                Ok(false)
+            }
             Err(refusal) => Err(refusal.into_error()),
         }
     }
@@ -167,7 +195,9 @@ impl Link {
             .await?
             .map_err(Refusal::into_error)?;
         let names = value["consumers"].as_array().into_iter().flatten();
-        Ok(names.filter_map(|name| name.as_str().map(Into::into)).collect())
+        Ok(names
+            .filter_map(|name| name.as_str().map(Into::into))
+            .collect())
     }
 
     /// What the server says of one consumer; `None` if it is not there.
@@ -180,7 +210,10 @@ impl Link {
         let verb = format!("CONSUMER.INFO.{}.{consumer}", names.stream);
         match self.api(&verb, &json!({}), deadline).await? {
             Ok(value) => Ok(Some(value)),
-            Err(Refusal { code: CONSUMER_NOT_FOUND, .. }) => Ok(None),
+            Err(Refusal {
+                code: CONSUMER_NOT_FOUND,
+                ..
+            }) => Ok(None),
             Err(refusal) => Err(refusal.into_error()),
         }
     }
@@ -193,7 +226,11 @@ impl Link {
     ) -> Result<()> {
         let verb = format!("CONSUMER.DELETE.{}.{consumer}", names.stream);
         match self.api(&verb, &json!({}), deadline).await? {
-            Ok(_) | Err(Refusal { code: CONSUMER_NOT_FOUND | STREAM_NOT_FOUND, .. }) => Ok(()),
+            Ok(_)
+            | Err(Refusal {
+                code: CONSUMER_NOT_FOUND | STREAM_NOT_FOUND,
+                ..
+            }) => Ok(()),
             Err(refusal) => Err(refusal.into_error()),
         }
     }
@@ -206,8 +243,15 @@ impl Link {
         deadline: Deadline,
     ) -> Result<()> {
         let verb = format!("STREAM.PURGE.{stream}");
-        match self.api(&verb, &json!({ "filter": subject }), deadline).await? {
-            Ok(_) | Err(Refusal { code: STREAM_NOT_FOUND, .. }) => Ok(()),
+        match self
+            .api(&verb, &json!({ "filter": subject }), deadline)
+            .await?
+        {
+            Ok(_)
+            | Err(Refusal {
+                code: STREAM_NOT_FOUND,
+                ..
+            }) => Ok(()),
             Err(refusal) => Err(refusal.into_error()),
         }
     }
@@ -305,7 +349,12 @@ pub(super) struct Stored {
 
 impl Stored {
     fn of(message: &Value) -> Self {
-        let bytes = |name: &str| message[name].as_str().and_then(form::base64).unwrap_or_default();
+        let bytes = |name: &str| {
+            message[name]
+                .as_str()
+                .and_then(form::base64)
+                .unwrap_or_default()
+        };
         Self {
             sequence: message["seq"].as_u64().unwrap_or(0),
             headers: form::parse(&bytes("hdrs")),

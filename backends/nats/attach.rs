@@ -83,19 +83,21 @@ async fn lock(link: &Link, names: &Names, token: &str, deadline: Deadline) -> Re
         let Some(other) = consumers.iter().find_map(|name| name.strip_prefix(LOCK)) else {
             continue;
         };
-        let gone = is_gone(link, &names.hold(other), deadline).await.or_else(|error| {
-            match error.kind() {
-                ErrorKind::DeadlineExceeded => Ok(false),
-                _ => Err(error),
-            }
-        })?;
+        let gone =
+            is_gone(link, &names.hold(other), deadline)
+                .await
+                .or_else(|error| match error.kind() {
+                    ErrorKind::DeadlineExceeded => Ok(false),
+                    _ => Err(error),
+                })?;
         if !gone {
             return Err(Error::new(
                 ErrorKind::Conflict,
                 "another consumer is attached to the queue",
             ));
         }
-        link.drop_consumer(names, &lock_name(other), deadline).await?;
+        link.drop_consumer(names, &lock_name(other), deadline)
+            .await?;
     }
 }
 
@@ -106,7 +108,10 @@ pub(super) async fn is_gone(link: &Link, subject: &str, deadline: Deadline) -> R
     let mut absent_since = None;
     loop {
         let patience = deadline.or_after(PATIENCE);
-        match link.call(subject, None, &Bytes::new(), true, patience).await {
+        match link
+            .call(subject, None, &Bytes::new(), true, patience)
+            .await
+        {
             Ok(answer) if answer.nobody() => {
                 let since = *absent_since.get_or_insert_with(Instant::now);
                 if since.elapsed() >= GRACE {
@@ -160,7 +165,10 @@ async fn settle_in(
     deadline: Deadline,
 ) -> Result<Attached> {
     // Before any question of ours that the server answers, so that it knows of it when this is Ok.
-    let asked = deadline.bound(link.client.subscribe(names.held())).await?.map_err(gone)?;
+    let asked = deadline
+        .bound(link.client.subscribe(names.held()))
+        .await?
+        .map_err(gone)?;
     let mut notes = Notes::read(link, names, deadline).await?;
     notes.floors.retain(|floor| *floor >= first);
     notes.marks.retain(|sequence, _| *sequence >= first);
@@ -169,10 +177,18 @@ async fn settle_in(
         Some(consumer) => consumer,
         None => format!("{DATA}{token}"),
     };
-    let dead = if left_in_order { vec![] } else { dead(link, names, deadline).await? };
+    let dead = if left_in_order {
+        vec![]
+    } else {
+        dead(link, names, deadline).await?
+    };
     for (name, delivered) in &dead {
         if *delivered > 0 {
-            tracing::info!(consumer = name, delivered, "taking over from a consumer that died");
+            tracing::info!(
+                consumer = name,
+                delivered,
+                "taking over from a consumer that died"
+            );
             take_over(&mut notes, *delivered);
         }
     }
@@ -186,7 +202,13 @@ async fn settle_in(
     }
     loop {
         match make(link, names, &consumer, &names.input(), deadline).await? {
-            Ok(()) => return Ok(Attached { notes, asked, consumer }),
+            Ok(()) => {
+                return Ok(Attached {
+                    notes,
+                    asked,
+                    consumer,
+                });
+            }
             Err(refusal) if NOT_UNIQUE.contains(&refusal.code) => {
                 // One that left in order did not live to take its own away.
                 for (name, _) in self::dead(link, names, deadline).await? {

@@ -91,7 +91,9 @@ pub(super) struct Answer {
 impl Answer {
     /// Whether the server says that nobody takes what was sent.
     pub(super) fn nobody(&self) -> bool {
-        self.message.status.is_some_and(|status| status.as_u16() == 503)
+        self.message
+            .status
+            .is_some_and(|status| status.as_u16() == 503)
     }
 }
 
@@ -121,9 +123,15 @@ impl Link {
             }
         };
         // The client tells of its first connection as of every other.
-        let _ = state.subscribe().wait_for(|state| state.generation > 0).await;
+        let _ = state
+            .subscribe()
+            .wait_for(|state| state.generation > 0)
+            .await;
         let mux = Arc::new(Mux::new(&client));
-        let answers = client.subscribe(format!("{}*", mux.prefix)).await.map_err(gone)?;
+        let answers = client
+            .subscribe(format!("{}*", mux.prefix))
+            .await
+            .map_err(gone)?;
         let tasks = vec![
             tokio::spawn(Arc::clone(&mux).deliver(answers)).abort_handle(),
             tokio::spawn(watch_over(client.clone(), state.clone())).abort_handle(),
@@ -174,7 +182,10 @@ impl Link {
         let mut times = 0;
         let late = |times: u32, connected: bool| {
             let error = if connected {
-                Error::new(ErrorKind::DeadlineExceeded, "the server did not answer by the deadline")
+                Error::new(
+                    ErrorKind::DeadlineExceeded,
+                    "the server did not answer by the deadline",
+                )
             } else {
                 unreachable(&self.options, "the connection was lost")
             };
@@ -197,7 +208,12 @@ impl Link {
                     Some(headers) => {
                         let (headers, body) = (headers.clone(), body.clone());
                         self.client
-                            .publish_with_reply_and_headers(subject.to_owned(), reply, headers, body)
+                            .publish_with_reply_and_headers(
+                                subject.to_owned(),
+                                reply,
+                                headers,
+                                body,
+                            )
                             .await
                     }
                     None => {
@@ -274,10 +290,13 @@ impl Link {
             }
         }
         let holds = std::mem::take(&mut *lock(&self.holds));
-        let released = holds.iter().filter_map(Weak::upgrade).map(|hold| async move {
-            hold.release(true);
-            hold.until_gone(deadline).await
-        });
+        let released = holds
+            .iter()
+            .filter_map(Weak::upgrade)
+            .map(|hold| async move {
+                hold.release(true);
+                hold.until_gone(deadline).await
+            });
         for result in futures_util::future::join_all(released).await {
             result?;
         }
@@ -311,7 +330,10 @@ pub(super) fn unreachable(options: &Options, why: &str) -> Error {
 
 /// The client refuses what it was told: its task is gone.
 pub(super) fn gone(error: impl fmt::Display) -> Error {
-    Error::new(ErrorKind::BrokerUnreachable, format!("the client refused: {error}"))
+    Error::new(
+        ErrorKind::BrokerUnreachable,
+        format!("the client refused: {error}"),
+    )
 }
 
 fn connect_options(options: &Options, state: &watch::Sender<State>) -> Result<ConnectOptions> {
@@ -347,7 +369,10 @@ fn tell(state: &watch::Sender<State>, event: &Event) {
         Event::ServerError(error) => {
             let text = error.to_string();
             // Permissions Violation for Publish to "subject"
-            if text.to_lowercase().contains("permissions violation for publish") {
+            if text
+                .to_lowercase()
+                .contains("permissions violation for publish")
+            {
                 let subject = text.split('"').nth(1).map(Into::into);
                 state.send_modify(|state| {
                     state.denied = subject;

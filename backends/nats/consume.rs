@@ -26,8 +26,7 @@ use super::{
     attach::{attach, lock_name, still_there},
     closed,
     connection::{Link, gone, lock},
-    form,
-    keep,
+    form, keep,
     names::{Names, token},
     notes::{Mark, Notes, now_ms},
     settle::{self, Lease},
@@ -137,7 +136,11 @@ impl Received {
     }
 
     pub(super) fn message(&self) -> crate::message::Message {
-        form::read(self.raw.headers.as_ref(), self.raw.payload.clone(), self.sequence)
+        form::read(
+            self.raw.headers.as_ref(),
+            self.raw.payload.clone(),
+            self.sequence,
+        )
     }
 }
 
@@ -176,11 +179,17 @@ async fn begin(
     let names = Names::of(queue);
     let stream = link.queue(&names, deadline).await?;
     let limit = stream.spec(queue)?.delivery_limit;
-    let made = stream.description().map(|description| description.made).unwrap_or_default();
+    let made = stream
+        .description()
+        .map(|description| description.made)
+        .unwrap_or_default();
     let token = token();
     let inbox = link.client.new_inbox();
     let subscribe = async |subject: String| -> Result<Subscriber> {
-        deadline.bound(link.client.subscribe(subject)).await?.map_err(gone)
+        deadline
+            .bound(link.client.subscribe(subject))
+            .await?
+            .map_err(gone)
     };
     let alive = subscribe(names.hold(&token)).await?;
     let arrivals = subscribe(format!("{inbox}.*")).await?;
@@ -286,7 +295,11 @@ impl Inner {
 
     fn hand_out(&mut self, received: &Received) -> u32 {
         self.marks.entry(received.sequence).or_default().seen += 1;
-        let held = Held { reply: received.reply().to_owned(), live: true, returning: false };
+        let held = Held {
+            reply: received.reply().to_owned(),
+            live: true,
+            returning: false,
+        };
         self.held.insert(received.sequence, held);
         self.handed_out(received.sequence)
     }
@@ -375,7 +388,10 @@ impl Hold {
     /// Writes the notes as they are now, or later.
     pub(super) async fn note(&self, deadline: Deadline) -> Result<()> {
         let (sender, answer) = oneshot::channel();
-        deadline.bound(self.scribe.send(sender)).await?.map_err(|_| closed())?;
+        deadline
+            .bound(self.scribe.send(sender))
+            .await?
+            .map_err(|_| closed())?;
         deadline.bound(answer).await?.map_err(|_| closed())?
     }
 
@@ -398,7 +414,11 @@ impl Hold {
                 let deleted = description.is_none_or(|description| {
                     description.made != self.made || description.fence == Some(Fence::Deleting)
                 });
-                self.end(if deleted { ErrorKind::QueueDeleted } else { ErrorKind::Conflict });
+                self.end(if deleted {
+                    ErrorKind::QueueDeleted
+                } else {
+                    ErrorKind::Conflict
+                });
                 return Ok(());
             }
         }
@@ -435,7 +455,9 @@ async fn write_notes(
                 notes.consumer = inner.shared.then(|| hold.consumer.clone());
             }
         }
-        let written = notes.write(&hold.link, &hold.names, Deadline::after(GOING)).await;
+        let written = notes
+            .write(&hold.link, &hold.names, Deadline::after(GOING))
+            .await;
         for asker in askers {
             let answer = match &written {
                 Ok(()) => Ok(()),
@@ -503,31 +525,54 @@ async fn pull(hold: &Arc<Hold>, inbox: &str, number: &mut u64) {
     let room = {
         let mut inner = lock(&hold.inner);
         let asked: usize = inner.pulls.iter().map(|pull| pull.left).sum();
-        let room = hold.prefetch.saturating_sub(inner.buffer.len() + inner.held.len() + asked);
+        let room = hold
+            .prefetch
+            .saturating_sub(inner.buffer.len() + inner.held.len() + asked);
         // A few large pulls rather than many of one, but never none while there is room.
         if room == 0 || (asked > 0 && room < hold.prefetch.div_ceil(4)) {
             return;
         }
         *number += 1;
         let until = Instant::now() + PULL + SLACK;
-        inner.pulls.push_back(Pull { number: *number, left: room, until });
+        inner.pulls.push_back(Pull {
+            number: *number,
+            left: room,
+            until,
+        });
         room
     };
-    let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", hold.names.stream, hold.consumer);
+    let subject = format!(
+        "$JS.API.CONSUMER.MSG.NEXT.{}.{}",
+        hold.names.stream, hold.consumer
+    );
     let body = format!("{{\"batch\":{room},\"expires\":{}}}", PULL.as_nanos());
     let reply = format!("{inbox}.{number}");
-    if let Err(error) = hold.link.client.publish_with_reply(subject, reply, body.into()).await {
+    if let Err(error) = hold
+        .link
+        .client
+        .publish_with_reply(subject, reply, body.into())
+        .await
+    {
         tracing::debug!(%error, "a pull was not sent");
-        lock(&hold.inner).pulls.retain(|pull| pull.number != *number);
+        lock(&hold.inner)
+            .pulls
+            .retain(|pull| pull.number != *number);
     }
 }
 
 async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
     if let Some(status) = raw.status {
-        let number = raw.subject.strip_prefix(inbox).and_then(|number| number[1..].parse().ok());
-        lock(&hold.inner).pulls.retain(|pull| Some(pull.number) != number);
+        let number = raw
+            .subject
+            .strip_prefix(inbox)
+            .and_then(|number| number[1..].parse().ok());
+        lock(&hold.inner)
+            .pulls
+            .retain(|pull| Some(pull.number) != number);
         if !matches!(status.as_u16(), 100 | 404 | 408) {
-            let checked = hold.check(Deadline::after(hold.link.options.takeover)).await;
+            let checked = hold
+                .check(Deadline::after(hold.link.options.takeover))
+                .await;
             if checked.is_err() || lock(&hold.inner).phase == Phase::Attached {
                 // All is well, so this passes: a leader that changes, a server that ends.
                 sleep(PAUSE).await;
@@ -538,7 +583,11 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
     let Some(sequence) = raw.reply.as_ref().and_then(|reply| place(reply)) else {
         return;
     };
-    let mut received = Received { sequence, attempt: 0, raw };
+    let mut received = Received {
+        sequence,
+        attempt: 0,
+        raw,
+    };
     let (rest, suspect) = {
         let mut inner = lock(&hold.inner);
         if let Some(first) = inner.pulls.front_mut() {
@@ -547,7 +596,10 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
                 inner.pulls.pop_front();
             }
         }
-        let ours = inner.held.get(&sequence).is_some_and(|held| !held.returning);
+        let ours = inner
+            .held
+            .get(&sequence)
+            .is_some_and(|held| !held.returning);
         if ours || inner.buffer.iter().any(|other| other.sequence == sequence) {
             // Its lease ran out while nobody could keep it, and nobody else has it: the same delivery.
             return;
@@ -556,7 +608,10 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
         inner.delayed.remove(&sequence);
         received.attempt = inner.handed_out(sequence);
         let due = inner.marks.get(&sequence).map_or(0, |mark| mark.due);
-        (due.saturating_sub(now_ms()), Notes::floors_over(&inner.floors, sequence) > 0)
+        (
+            due.saturating_sub(now_ms()),
+            Notes::floors_over(&inner.floors, sequence) > 0,
+        )
     };
     if rest > 0 {
         // The server forgot the delay.
@@ -575,7 +630,14 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
     if received.attempt >= hold.limit {
         // Given back by one that could not say so any more: it goes to the dead letters.
         let reply = received.reply().to_owned();
-        inner.held.insert(sequence, Held { reply, live: false, returning: false });
+        inner.held.insert(
+            sequence,
+            Held {
+                reply,
+                live: false,
+                returning: false,
+            },
+        );
         inner.loose.push(received);
         drop(inner);
         hold.wake.notify_one();
@@ -619,7 +681,11 @@ async fn leave(hold: &Arc<Hold>, arrivals: Subscriber) {
         inner.shared = !all && inner.held.values().any(|held| held.live);
         let buffer = std::mem::take(&mut inner.buffer);
         let replies = buffer.iter().map(|received| received.reply().to_owned());
-        if inner.shared { replies.collect() } else { vec![] }
+        if inner.shared {
+            replies.collect()
+        } else {
+            vec![]
+        }
     };
     drop(arrivals);
     if let Err(error) = go(hold, replies, deadline).await {
@@ -646,9 +712,13 @@ async fn go(hold: &Arc<Hold>, buffer: Vec<String>, deadline: Deadline) -> Result
         futures_util::future::join_all(given).await;
     } else {
         // All that it had in its hands or on its way goes back with it, at once.
-        hold.link.drop_consumer(&hold.names, &hold.consumer, deadline).await?;
+        hold.link
+            .drop_consumer(&hold.names, &hold.consumer, deadline)
+            .await?;
     }
-    hold.link.drop_consumer(&hold.names, &lock_name(&hold.token), deadline).await
+    hold.link
+        .drop_consumer(&hold.names, &lock_name(&hold.token), deadline)
+        .await
 }
 
 #[cfg(test)]

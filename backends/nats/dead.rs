@@ -37,11 +37,18 @@ pub(super) async fn dead_letters(
     let mut letters = Vec::new();
     let mut from = after.and_then(sequence).map_or(1, |sequence| sequence + 1);
     while letters.len() < usize::try_from(limit.get()).unwrap_or(usize::MAX) {
-        let Some(stored) = link.stored(&names, &names.all_dead(), from, deadline).await? else {
+        let Some(stored) = link
+            .stored(&names, &names.all_dead(), from, deadline)
+            .await?
+        else {
             break;
         };
         from = stored.sequence + 1;
-        letters.push(form::read_dead(&stored.headers, stored.body, stored.sequence));
+        letters.push(form::read_dead(
+            &stored.headers,
+            stored.body,
+            stored.sequence,
+        ));
     }
     Ok(letters)
 }
@@ -58,8 +65,12 @@ pub(super) async fn redrive(
     link.alive()?;
     let names = Names::of(queue);
     link.queue(&names, deadline).await?;
-    let Some(sequence) = sequence(key) else { return Ok(false) };
-    let stored = link.stored(&names, &names.all_dead(), sequence, deadline).await?;
+    let Some(sequence) = sequence(key) else {
+        return Ok(false);
+    };
+    let stored = link
+        .stored(&names, &names.all_dead(), sequence, deadline)
+        .await?;
     let Some(stored) = stored.filter(|stored| stored.sequence == sequence) else {
         return Ok(false);
     };
@@ -67,7 +78,13 @@ pub(super) async fn redrive(
     let once = format!("redrive-{sequence}");
     let headers: HeaderMap = form::redriven_headers(&letter.message, sequence, &once);
     let answer = link
-        .call(&names.input(), Some(&headers), &letter.message.body, true, deadline)
+        .call(
+            &names.input(),
+            Some(&headers),
+            &letter.message.body,
+            true,
+            deadline,
+        )
         .await
         .map_err(Unanswered::into_error)?;
     if answer.nobody() {

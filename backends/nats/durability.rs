@@ -40,13 +40,21 @@ pub(super) async fn report(link: &Link, deadline: Deadline) -> Result<Durability
     preflight(link, deadline).await?;
     let version = link.client.server_info().version;
     let tags = tags(link, deadline).await?;
-    let can_sync =
-        link.client.is_server_compatible(SYNCS_SINCE.0, SYNCS_SINCE.1, SYNCS_SINCE.2);
-    let tagged = tags.as_ref().is_some_and(|tags| tags.iter().any(|tag| tag == TAG));
+    let can_sync = link
+        .client
+        .is_server_compatible(SYNCS_SINCE.0, SYNCS_SINCE.1, SYNCS_SINCE.2);
+    let tagged = tags
+        .as_ref()
+        .is_some_and(|tags| tags.iter().any(|tag| tag == TAG));
     let synced = can_sync && (tagged || link.options.assume_sync_always);
     let queues = streams(link, deadline).await?;
     let wanted = u64::from(link.options.replicas.unwrap_or(1));
-    let replicas = queues.iter().map(|queue| queue.replicas).min().unwrap_or(wanted).min(wanted);
+    let replicas = queues
+        .iter()
+        .map(|queue| queue.replicas)
+        .min()
+        .unwrap_or(wanted)
+        .min(wanted);
     let replicas = u8::try_from(replicas).unwrap_or(u8::MAX);
     let level = match (synced, replicas) {
         (true, 3..) => Level::Replicated(replicas),
@@ -60,7 +68,13 @@ pub(super) async fn report(link: &Link, deadline: Deadline) -> Result<Durability
             report.node_loss = Verdict::Unknown;
         }
     }
-    report.findings.push(sync_finding(&version, can_sync, tagged, tags.is_some(), link));
+    report.findings.push(sync_finding(
+        &version,
+        can_sync,
+        tagged,
+        tags.is_some(),
+        link,
+    ));
     report.findings.push(replica_finding(replicas));
     let lossy: Vec<_> = queues.iter().filter(|queue| queue.asynchronous).collect();
     if let Some(queue) = lossy.first() {
@@ -84,7 +98,9 @@ pub(super) async fn report(link: &Link, deadline: Deadline) -> Result<Durability
         value: Some(link.client.max_payload().to_string()),
         meaning: format!(
             "the largest body is {} bytes",
-            link.client.max_payload().saturating_sub(super::form::MAX_HEADER_BYTES)
+            link.client
+                .max_payload()
+                .saturating_sub(super::form::MAX_HEADER_BYTES)
         ),
         advice: (link.client.max_payload() < 2 << 20)
             .then(|| "set max_payload: 2MB for bodies of a mebibyte".into()),
@@ -146,7 +162,10 @@ fn sync_finding(
 
 fn replica_finding(replicas: u8) -> Finding {
     let (meaning, advice) = if replicas >= 3 {
-        ("queues are held by that many servers: a majority has each message before Ok", None)
+        (
+            "queues are held by that many servers: a majority has each message before Ok",
+            None,
+        )
     } else {
         (
             "queues are held by one server: they are lost with its disk",
@@ -163,7 +182,9 @@ fn replica_finding(replicas: u8) -> Finding {
 
 /// The tags of the server that we are connected to; `None` if it does not tell.
 async fn tags(link: &Link, deadline: Deadline) -> Result<Option<Vec<String>>> {
-    let answer = link.call("$SYS.REQ.USER.INFO", None, &Bytes::new(), true, deadline).await;
+    let answer = link
+        .call("$SYS.REQ.USER.INFO", None, &Bytes::new(), true, deadline)
+        .await;
     let answer = match answer {
         Ok(answer) => answer,
         Err(Unanswered::NotSent(error)) if *error.kind() == ErrorKind::AuthRefused => {
@@ -176,7 +197,10 @@ async fn tags(link: &Link, deadline: Deadline) -> Result<Option<Vec<String>>> {
     }
     let value: Value = serde_json::from_slice(&answer.message.payload).unwrap_or_default();
     let tags = value["server"]["tags"].as_array().into_iter().flatten();
-    Ok(Some(tags.filter_map(|tag| tag.as_str().map(Into::into)).collect()))
+    Ok(Some(
+        tags.filter_map(|tag| tag.as_str().map(Into::into))
+            .collect(),
+    ))
 }
 
 struct Queue {
@@ -187,7 +211,9 @@ struct Queue {
 
 /// The first page of the queues that are there: what they were made with counts, not what is asked now.
 async fn streams(link: &Link, deadline: Deadline) -> Result<Vec<Queue>> {
-    let listed = link.api("STREAM.LIST", &json!({ "subject": "wilco.>" }), deadline).await?;
+    let listed = link
+        .api("STREAM.LIST", &json!({ "subject": "wilco.>" }), deadline)
+        .await?;
     let Ok(value) = listed else { return Ok(vec![]) };
     let streams = value["streams"].as_array().into_iter().flatten();
     Ok(streams

@@ -106,14 +106,19 @@ pub(super) fn read(map: Option<&HeaderMap>, body: Bytes, sequence: u64) -> Messa
     let mut headers = Headers::new();
     for (name, values) in map.into_iter().flat_map(HeaderMap::iter) {
         let name: &str = name.as_ref();
-        let value = values.first().and_then(|value| percent_decode(value.as_str()));
+        let value = values
+            .first()
+            .and_then(|value| percent_decode(value.as_str()));
         if let (Some(name), Some(value)) = (name.strip_prefix(USER), value) {
             // A foreign header that breaks the rules is left out.
             let _ = headers.insert(name, value);
         }
     }
     let unknown = || MessageId::from_str("unknown").ok();
-    let message = Message::new(id(KIND).map_or_else(|| "unknown".into(), String::from), body);
+    let message = Message::new(
+        id(KIND).map_or_else(|| "unknown".into(), String::from),
+        body,
+    );
     let mut message = message.unwrap_or_else(|_| unreachable!("the kind is well formed"));
     if let Some(id) = id(OWN_ID)
         .or_else(|| id(ID))
@@ -212,7 +217,11 @@ mod tests {
             .with_headers(headers)
             .with_content_type(MessageId::new("text/plain").unwrap())
             .with_from("wilco.q.a.1".parse().unwrap());
-        for by in [Deduplicated::ByItsId, Deduplicated::By("x"), Deduplicated::Never] {
+        for by in [
+            Deduplicated::ByItsId,
+            Deduplicated::By("x"),
+            Deduplicated::Never,
+        ] {
             let map = super::headers(&message, by);
             assert_eq!(read(Some(&map), message.body.clone(), 7), message);
         }
@@ -225,7 +234,10 @@ mod tests {
     #[test]
     fn s2_what_somebody_else_put_there_can_be_read() {
         let message = read(None, Bytes::from_static(b"x"), 7);
-        assert_eq!((message.id.as_str(), message.kind.as_str()), ("nats-7", "unknown"));
+        assert_eq!(
+            (message.id.as_str(), message.kind.as_str()),
+            ("nats-7", "unknown")
+        );
         let map = parse(b"NATS/1.0\r\nWilco-Kind: a b\r\nWilco-H-Bad: x\r\nnonsense\r\n\r\n");
         assert!(read(Some(&map), Bytes::new(), 1).headers.is_empty());
     }

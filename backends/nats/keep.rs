@@ -62,16 +62,29 @@ async fn extend(hold: &Hold) {
     }
     if lock(&hold.inner).kept.elapsed() > hold.link.options.takeover {
         // It slept, or was cut off: the leases may be another's (law C4).
-        let _ = hold.check(Deadline::after(hold.link.options.takeover)).await;
+        let _ = hold
+            .check(Deadline::after(hold.link.options.takeover))
+            .await;
     }
     let replies: Vec<String> = {
         let inner = lock(&hold.inner);
-        let buffered = inner.buffer.iter().map(|received| received.reply().to_owned());
+        let buffered = inner
+            .buffer
+            .iter()
+            .map(|received| received.reply().to_owned());
         let held = inner.held.values().filter(|held| !held.returning);
-        held.map(|held| held.reply.clone()).chain(buffered).collect()
+        held.map(|held| held.reply.clone())
+            .chain(buffered)
+            .collect()
     };
     for reply in replies {
-        if hold.link.client.publish(reply, "+WPI".into()).await.is_err() {
+        if hold
+            .link
+            .client
+            .publish(reply, "+WPI".into())
+            .await
+            .is_err()
+        {
             return;
         }
     }

@@ -82,12 +82,7 @@ impl Names {
 
     /// What the stream keeps. A fenced stream takes no messages, and everything else.
     pub(super) fn subjects(&self, fenced: bool) -> Vec<String> {
-        let mut subjects = vec![
-            self.slot(0),
-            self.slot(1),
-            self.lock(),
-            self.all_dead(),
-        ];
+        let mut subjects = vec![self.slot(0), self.slot(1), self.lock(), self.all_dead()];
         if !fenced {
             subjects.insert(0, self.input());
         }

@@ -75,7 +75,11 @@ impl Notes {
             if let Some((copy, sequence)) = copy
                 && copy.age() > newest.age()
             {
-                newest = Self { slot, sequence, ..copy };
+                newest = Self {
+                    slot,
+                    sequence,
+                    ..copy
+                };
             }
         }
         Ok(newest)
@@ -110,7 +114,10 @@ impl Notes {
     ) -> Result<()> {
         self.version += 1;
         let body = serde_json::to_vec(self).map_err(|error| {
-            Error::new(ErrorKind::Internal, format!("notes have no JSON form: {error}"))
+            Error::new(
+                ErrorKind::Internal,
+                format!("notes have no JSON form: {error}"),
+            )
         })?;
         let body = Bytes::from(body);
         let to = (self.slot + 1) % 2;
@@ -155,6 +162,8 @@ pub(super) fn taken_over() -> Error {
 }
 
 pub(super) fn now_ms() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO);
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

@@ -50,19 +50,28 @@ impl Options {
         let addresses = endpoint.hosts.iter().map(|host| {
             let scheme = if with_tls { "tls" } else { "nats" };
             format!("{scheme}://{host}").parse().map_err(|_| {
-                Error::new(ErrorKind::InvalidUrl, format!("{url}: {host} is no address"))
+                Error::new(
+                    ErrorKind::InvalidUrl,
+                    format!("{url}: {host} is no address"),
+                )
             })
         });
         let addresses = addresses.collect::<Result<_>>()?;
         let takeover = url.option("takeover", "whole seconds from 2 to 300", |value| {
             let seconds = value.parse().ok()?;
-            (2..=300).contains(&seconds).then(|| Duration::from_secs(seconds))
+            (2..=300)
+                .contains(&seconds)
+                .then(|| Duration::from_secs(seconds))
         })?;
         let replicas = url.option("replicas", "1, 3 or 5", |value| {
-            value.parse().ok().filter(|number| matches!(number, 1 | 3 | 5))
+            value
+                .parse()
+                .ok()
+                .filter(|number| matches!(number, 1 | 3 | 5))
         })?;
-        let assume_sync_always =
-            url.option("assume_sync_always", "true or false", |value| value.parse().ok())?;
+        let assume_sync_always = url.option("assume_sync_always", "true or false", |value| {
+            value.parse().ok()
+        })?;
         // A user alone is a token, as everywhere in NATS.
         let (user, password, token) = match (endpoint.user, endpoint.password) {
             (Some(token), None) => (None, None, Some(SecretString::from(token))),

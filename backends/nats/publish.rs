@@ -35,22 +35,39 @@ pub(super) async fn publish(
     if message.body.len() as u64 > limit {
         return Err(Error::new(
             ErrorKind::TooLarge { limit },
-            format!("{} bytes are too many: this server takes {limit}", message.body.len()),
+            format!(
+                "{} bytes are too many: this server takes {limit}",
+                message.body.len()
+            ),
         )
         .with_outcome(Outcome::NotStored));
     }
     let headers = form::headers(&message, Deduplicated::ByItsId);
     let not_stored = |error: Error| error.with_outcome(Outcome::NotStored);
     // Bounds what a server has to take in at once; it drops what is too much.
-    let room = deadline.bound(link.publishes.acquire()).await.map_err(not_stored)?;
+    let room = deadline
+        .bound(link.publishes.acquire())
+        .await
+        .map_err(not_stored)?;
     let _room = room.map_err(|_| not_stored(super::closed()))?;
     if deadline.has_passed() {
-        return Err(not_stored(Error::new(ErrorKind::DeadlineExceeded, "the deadline passed first")));
+        return Err(not_stored(Error::new(
+            ErrorKind::DeadlineExceeded,
+            "the deadline passed first",
+        )));
     }
     // Once a copy was sent that had no answer, no later answer says what became of it (law P4).
     let mut outcome = Outcome::NotStored;
     loop {
-        let answer = match link.call(&names.input(), Some(&headers), &message.body, true, deadline).await
+        let answer = match link
+            .call(
+                &names.input(),
+                Some(&headers),
+                &message.body,
+                true,
+                deadline,
+            )
+            .await
         {
             Ok(answer) => answer,
             Err(Unanswered::NotSent(error)) => return Err(error.with_outcome(outcome)),

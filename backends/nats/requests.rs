@@ -107,7 +107,9 @@ async fn abandoned(link: &Link, subject: &str, deadline: Deadline) {
     headers.insert(PROBE, "1");
     loop {
         sleep(DOUBT).await;
-        let answer = link.call(subject, Some(&headers), &Bytes::new(), true, deadline).await;
+        let answer = link
+            .call(subject, Some(&headers), &Bytes::new(), true, deadline)
+            .await;
         if answer.is_ok_and(|answer| is_nobody(&answer)) {
             return;
         }
@@ -115,7 +117,11 @@ async fn abandoned(link: &Link, subject: &str, deadline: Deadline) {
 }
 
 fn is_nobody(answer: &Answer) -> bool {
-    let said = answer.message.headers.as_ref().and_then(|map| map.get(NOBODY));
+    let said = answer
+        .message
+        .headers
+        .as_ref()
+        .and_then(|map| map.get(NOBODY));
     answer.nobody() || said.is_some()
 }
 
@@ -199,7 +205,10 @@ async fn attend(link: Arc<Link>, names: Names, deadline: Deadline) -> Result<Att
 /// A question of ours to ourselves, which comes back once the server knows what was said before it.
 async fn barrier(lane: &Lane, deadline: Deadline) -> Result<()> {
     let subject = lane.names.attending(&lane.token);
-    let answer = lane.link.call(&subject, None, &Bytes::new(), true, deadline).await;
+    let answer = lane
+        .link
+        .call(&subject, None, &Bytes::new(), true, deadline)
+        .await;
     answer.map(drop).map_err(Unanswered::into_error)
 }
 
@@ -232,7 +241,10 @@ async fn current(link: &Link, names: &Names, deadline: Deadline) -> Result<Optio
     match link.api(&verb, &body, deadline).await? {
         Ok(value) => {
             let message = &value["message"];
-            let token = message["data"].as_str().and_then(super::form::base64).unwrap_or_default();
+            let token = message["data"]
+                .as_str()
+                .and_then(super::form::base64)
+                .unwrap_or_default();
             let token = String::from_utf8_lossy(&token).into_owned();
             Ok(message["seq"].as_u64().map(|sequence| (sequence, token)))
         }
@@ -249,7 +261,10 @@ async fn put(
     deadline: Deadline,
 ) -> Result<Option<u64>> {
     let mut headers = HeaderMap::new();
-    headers.insert("Nats-Expected-Last-Subject-Sequence", expected.to_string().as_str());
+    headers.insert(
+        "Nats-Expected-Last-Subject-Sequence",
+        expected.to_string().as_str(),
+    );
     let body = Bytes::from(token.to_owned());
     loop {
         let answer = link
@@ -266,7 +281,9 @@ async fn put(
             Some(refusal) if WRONG_LAST_SEQUENCE.contains(&refusal.code) => {
                 // One that was sent twice stands in its own way.
                 let own = current(link, names, deadline).await?;
-                Ok(own.filter(|(_, other)| other == token).map(|(sequence, _)| sequence))
+                Ok(own
+                    .filter(|(_, other)| other == token)
+                    .map(|(sequence, _)| sequence))
             }
             Some(refusal) => Err(refusal.into_error()),
         };
@@ -287,7 +304,10 @@ async fn make_stream(link: &Link, deadline: Deadline) -> Result<()> {
         "max_age": u64::try_from(CLAIM.as_nanos()).unwrap_or(u64::MAX),
         "num_replicas": link.options.replicas.unwrap_or(1),
     });
-    match link.api(&format!("STREAM.CREATE.{LANES}"), &config, deadline).await? {
+    match link
+        .api(&format!("STREAM.CREATE.{LANES}"), &config, deadline)
+        .await?
+    {
         Ok(_) => Ok(()),
         // Made otherwise by somebody else, which is good enough.
         Err(refusal) if refusal.code == super::api::STREAM_EXISTS => Ok(()),
@@ -356,7 +376,10 @@ async fn tell_nobody(link: &Link, question: Raw) {
     if let Some(reply) = question.reply {
         let mut headers = HeaderMap::new();
         headers.insert(NOBODY, "1");
-        let _ = link.client.publish_with_headers(reply, headers, Bytes::new()).await;
+        let _ = link
+            .client
+            .publish_with_headers(reply, headers, Bytes::new())
+            .await;
     }
 }
 
@@ -366,7 +389,9 @@ impl Lane {
         waiting.bytes += question.payload.len();
         waiting.questions.push_back(question);
         while waiting.questions.len() > MAX_WAITING || waiting.bytes > MAX_WAITING_BYTES {
-            let Some(oldest) = waiting.questions.pop_front() else { break };
+            let Some(oldest) = waiting.questions.pop_front() else {
+                break;
+            };
             waiting.bytes -= oldest.payload.len();
         }
         drop(waiting);
@@ -403,7 +428,10 @@ impl Lane {
     pub(super) async fn detach(&self, deadline: Deadline) {
         self.leave();
         let mut over = self.over.subscribe();
-        let _ = deadline.or_after(PATIENCE).bound(over.wait_for(|over| *over)).await;
+        let _ = deadline
+            .or_after(PATIENCE)
+            .bound(over.wait_for(|over| *over))
+            .await;
     }
 }
 
@@ -427,15 +455,23 @@ impl Responder for Attending {
             {
                 let mut waiting = lock(&self.lane.waiting);
                 if let Some(kind) = &waiting.ended {
-                    return Err(Error::new(kind.clone(), "another responder took the lane over"));
+                    return Err(Error::new(
+                        kind.clone(),
+                        "another responder took the lane over",
+                    ));
                 }
                 if self.lane.left.load(Ordering::Acquire) {
                     return Err(closed());
                 }
                 if let Some(question) = waiting.questions.pop_front() {
                     waiting.bytes -= question.payload.len();
-                    let Some(reply) = question.reply else { continue };
-                    let way = Way { link: Arc::clone(&self.lane.link), reply };
+                    let Some(reply) = question.reply else {
+                        continue;
+                    };
+                    let way = Way {
+                        link: Arc::clone(&self.lane.link),
+                        reply,
+                    };
                     return Ok(Request::new(question.payload, Box::new(way)));
                 }
             }
@@ -463,7 +499,10 @@ impl Reply for Way {
         }
         self.link.alive()?;
         let mut state = self.link.state();
-        let connected = deadline.bound(state.wait_for(|state| state.connected)).await.is_ok();
+        let connected = deadline
+            .bound(state.wait_for(|state| state.connected))
+            .await
+            .is_ok();
         if !connected {
             return Err(unreachable(&self.link.options, "the connection was lost"));
         }

@@ -45,7 +45,10 @@ pub(super) struct Lease {
 
 impl Lease {
     pub(super) fn new(hold: Arc<Hold>, received: Received) -> Self {
-        Self { hold, received: Some(received) }
+        Self {
+            hold,
+            received: Some(received),
+        }
     }
 }
 
@@ -69,9 +72,14 @@ impl LeaseTrait for Lease {
     async fn settle(mut self: Box<Self>, settlement: Settlement, deadline: Deadline) -> Result<()> {
         self.hold.may_settle()?;
         if deadline.has_passed() {
-            return Err(Error::new(ErrorKind::DeadlineExceeded, "the deadline passed first"));
+            return Err(Error::new(
+                ErrorKind::DeadlineExceeded,
+                "the deadline passed first",
+            ));
         }
-        let Some(received) = self.received.as_ref() else { return Err(lost()) };
+        let Some(received) = self.received.as_ref() else {
+            return Err(lost());
+        };
         let how = match settlement {
             Settlement::Ack => {
                 // In the caller's own time: dropped early, it may have been done, and is given back.
@@ -84,7 +92,9 @@ impl LeaseTrait for Lease {
         };
         // Several steps: they are finished whatever becomes of the caller.
         let (sender, answer) = oneshot::channel();
-        let Some(received) = self.received.take() else { return Err(lost()) };
+        let Some(received) = self.received.take() else {
+            return Err(lost());
+        };
         let hold = Arc::clone(&self.hold);
         tokio::spawn(async move {
             let done = match how {
@@ -102,7 +112,10 @@ impl LeaseTrait for Lease {
 }
 
 fn lost() -> Error {
-    Error::new(ErrorKind::LeaseLost, "the delivery is no longer this handle's to settle")
+    Error::new(
+        ErrorKind::LeaseLost,
+        "the delivery is no longer this handle's to settle",
+    )
 }
 
 impl Hold {
@@ -147,7 +160,9 @@ pub(super) async fn tell(
 ) -> Result<bool> {
     let body = Bytes::from_static(what.as_bytes());
     let answer = link.call(reply, None, &body, true, deadline).await;
-    answer.map(|answer| !answer.nobody()).map_err(Unanswered::into_error)
+    answer
+        .map(|answer| !answer.nobody())
+        .map_err(Unanswered::into_error)
 }
 
 /// The same, until it is confirmed or known to be too late.
@@ -189,7 +204,12 @@ fn unknown() -> Error {
     )
 }
 
-async fn retry(hold: &Arc<Hold>, received: &Received, delay: Duration, deadline: Deadline) -> Result<()> {
+async fn retry(
+    hold: &Arc<Hold>,
+    received: &Received,
+    delay: Duration,
+    deadline: Deadline,
+) -> Result<()> {
     if received.attempt >= hold.limit {
         return bury(hold, received, &over(hold.limit), deadline).await;
     }
@@ -203,7 +223,9 @@ async fn retry(hold: &Arc<Hold>, received: &Received, delay: Duration, deadline:
         // Noted before it goes back, so that no crash shortens the delay (law C6).
         hold.note(deadline).await?;
     }
-    let nanos = u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX / 2).min(u64::MAX / 2);
+    let nanos = u64::try_from(delay.as_nanos())
+        .unwrap_or(u64::MAX / 2)
+        .min(u64::MAX / 2);
     let what = match nanos {
         0 => "-NAK".to_owned(),
         nanos => format!("-NAK {{\"delay\":{nanos}}}"),
@@ -234,7 +256,12 @@ fn over(limit: u32) -> String {
 
 /// Stores a dead letter, then takes the message out of the queue (law C7). One that does not live to do
 /// the second leaves both, and whoever receives the message again finds the letter.
-async fn bury(hold: &Arc<Hold>, received: &Received, reason: &str, deadline: Deadline) -> Result<()> {
+async fn bury(
+    hold: &Arc<Hold>,
+    received: &Received,
+    reason: &str,
+    deadline: Deadline,
+) -> Result<()> {
     // Is it still this one's? A letter of a message that another has would be one too many.
     confirm(hold, received.reply(), "+WPI", deadline).await?;
     let message = received.message();
@@ -281,7 +308,9 @@ pub(super) async fn give_back(hold: &Arc<Hold>, received: &Received) {
 
 /// Sends one back that came before its time, uncounted.
 pub(super) async fn put_off(hold: &Arc<Hold>, received: &Received, rest: Duration) {
-    lock(&hold.inner).delayed.insert(received.sequence, Instant::now() + rest);
+    lock(&hold.inner)
+        .delayed
+        .insert(received.sequence, Instant::now() + rest);
     let what = format!("-NAK {{\"delay\":{}}}", rest.as_nanos());
     let deadline = Deadline::after(hold.link.options.takeover);
     if let Err(error) = confirm(hold, received.reply(), &what, deadline).await {
@@ -295,7 +324,9 @@ pub(super) async fn is_dead_already(hold: &Arc<Hold>, received: &Received) -> bo
     let deadline = Deadline::after(hold.link.options.takeover);
     let subject = hold.names.dead(received.sequence);
     match hold.link.last(&hold.names, &subject, deadline).await {
-        Ok(Some(_)) => confirm(hold, received.reply(), "+TERM", deadline).await.is_ok(),
+        Ok(Some(_)) => confirm(hold, received.reply(), "+TERM", deadline)
+            .await
+            .is_ok(),
         _ => false,
     }
 }

@@ -21,7 +21,8 @@ pub(super) fn apply(connect: ConnectOptions, tls: &Tls) -> Result<ConnectOptions
     let Some(authorities) = &tls.authorities else {
         if tls.identity.is_some() {
             return Err(invalid(
-                "options cert and key need the option ca with them: the authorities to trust".into(),
+                "options cert and key need the option ca with them: the authorities to trust"
+                    .into(),
             ));
         }
         // The client builds its own from the system's authorities, with the process's provider.
@@ -32,7 +33,9 @@ pub(super) fn apply(connect: ConnectOptions, tls: &Tls) -> Result<ConnectOptions
     };
     let mut roots = RootCertStore::empty();
     for certificate in certificates(authorities, "ca")? {
-        roots.add(certificate).map_err(|error| invalid(format!("option ca: {error}")))?;
+        roots
+            .add(certificate)
+            .map_err(|error| invalid(format!("option ca: {error}")))?;
     }
     let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
@@ -55,7 +58,9 @@ fn certificates(pem: &[u8], option: &str) -> Result<Vec<CertificateDer<'static>>
     let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     match read {
         Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        _ => Err(invalid(format!("option {option}: no certificate in PEM form"))),
+        _ => Err(invalid(format!(
+            "option {option}: no certificate in PEM form"
+        ))),
     }
 }
 

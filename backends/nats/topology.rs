@@ -12,9 +12,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
 use super::{
-    api::{
-        Description, Fence, Refusal, STREAM_EXISTS, STREAM_NOT_FOUND, SUBJECTS_OVERLAP, Stream,
-    },
+    api::{Description, Fence, Refusal, STREAM_EXISTS, STREAM_NOT_FOUND, SUBJECTS_OVERLAP, Stream},
     connection::{Link, Unanswered},
     consume::Told,
     form,
@@ -69,11 +67,7 @@ fn config(names: &Names, description: &Description, replicas: u64) -> Value {
     config
 }
 
-pub(super) async fn declare(
-    link: &Link,
-    spec: &QueueSpec,
-    deadline: Deadline,
-) -> Result<Declared> {
+pub(super) async fn declare(link: &Link, spec: &QueueSpec, deadline: Deadline) -> Result<Declared> {
     link.alive()?;
     if spec.max_messages == Some(0) {
         return Err(Error::new(
@@ -89,7 +83,11 @@ pub(super) async fn declare(
         made: token(),
         fence: None,
     };
-    let wanted = config(&names, &description, link.options.replicas.unwrap_or(1).into());
+    let wanted = config(
+        &names,
+        &description,
+        link.options.replicas.unwrap_or(1).into(),
+    );
     let verb = format!("STREAM.CREATE.{}", names.stream);
     let mut fenced_since = None;
     loop {
@@ -103,7 +101,9 @@ pub(super) async fn declare(
             }
             Err(refusal) => return Err(refusal.into_error()),
         }
-        let Some(there) = link.stream(&names, deadline).await? else { continue };
+        let Some(there) = link.stream(&names, deadline).await? else {
+            continue;
+        };
         match there.fence() {
             None => {
                 let differences = differences(&there, spec, &wanted, link.options.replicas)?;
@@ -157,8 +157,15 @@ fn differences(
     };
     let mut differences = have.differences(spec);
     let mut compared = vec![
-        "retention", "storage", "discard", "max_msgs", "max_bytes", "max_age", "max_consumers",
-        "duplicate_window", "subjects",
+        "retention",
+        "storage",
+        "discard",
+        "max_msgs",
+        "max_bytes",
+        "max_age",
+        "max_consumers",
+        "duplicate_window",
+        "subjects",
     ];
     if have.max_messages == spec.max_messages {
         compared.push("max_msgs_per_subject");
@@ -216,7 +223,9 @@ async fn ask(link: &Link, names: &Names, deadline: Deadline) -> Result<Option<To
     let mut left = QUESTIONS;
     loop {
         let patience = deadline.or_after(SILENCE);
-        let answer = link.call(&names.held(), None, &Bytes::new(), true, patience).await;
+        let answer = link
+            .call(&names.held(), None, &Bytes::new(), true, patience)
+            .await;
         left -= 1;
         match answer {
             Ok(answer) if answer.nobody() => return Ok(None),
@@ -225,7 +234,10 @@ async fn ask(link: &Link, names: &Names, deadline: Deadline) -> Result<Option<To
             Err(Unanswered::Unknown(_)) if !deadline.has_passed() && left > 0 => {}
             // Attached, for all that the server knows, and silent.
             Err(Unanswered::Unknown(_)) if !deadline.has_passed() && link.is_connected() => {
-                return Ok(Some(Told { attached: true, ..Told::default() }));
+                return Ok(Some(Told {
+                    attached: true,
+                    ..Told::default()
+                }));
             }
             Err(error) => return Err(error.into_error()),
         }
@@ -243,7 +255,12 @@ pub(super) async fn list(link: &Link, deadline: Deadline) -> Result<Vec<QueueSta
             .api("STREAM.NAMES", &body, deadline)
             .await?
             .map_err(Refusal::into_error)?;
-        let page: Vec<_> = page["streams"].as_array().into_iter().flatten().cloned().collect();
+        let page: Vec<_> = page["streams"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .cloned()
+            .collect();
         if page.is_empty() {
             break;
         }
@@ -258,7 +275,8 @@ pub(super) async fn list(link: &Link, deadline: Deadline) -> Result<Vec<QueueSta
         .filter(|name| *name != LANES)
         .filter_map(Names::queue)
         .collect();
-    let looks = stream::iter(queues).map(|queue| async move { status(link, &queue, deadline).await });
+    let looks =
+        stream::iter(queues).map(|queue| async move { status(link, &queue, deadline).await });
     let looked: Vec<_> = looks.buffer_unordered(AT_ONCE).collect().await;
     let mut all = Vec::new();
     for status in looked {
@@ -349,7 +367,10 @@ async fn update(
     deadline: Deadline,
 ) -> Result<()> {
     let description = there.description().ok_or_else(no_queue)?;
-    let description = Description { fence, ..description };
+    let description = Description {
+        fence,
+        ..description
+    };
     let replicas = there.config()["num_replicas"].as_u64().unwrap_or(1);
     let config = config(names, &description, replicas);
     let verb = format!("STREAM.UPDATE.{}", names.stream);
@@ -375,7 +396,10 @@ async fn drop_stream(link: &Link, names: &Names, deadline: Deadline) -> Result<b
     let verb = format!("STREAM.DELETE.{}", names.stream);
     let gone = match link.api(&verb, &json!({}), deadline).await? {
         Ok(_) => true,
-        Err(Refusal { code: STREAM_NOT_FOUND, .. }) => false,
+        Err(Refusal {
+            code: STREAM_NOT_FOUND,
+            ..
+        }) => false,
         Err(refusal) => return Err(refusal.into_error()),
     };
     // A responder that was killed leaves its claim to time; with the queue it goes at once (law Q7).
@@ -395,7 +419,9 @@ async fn ids(
     let mut ids = Vec::new();
     let mut from = 1;
     while (ids.len() as u64) < living && ids.len() < Discarded::MAX_IDS {
-        let Some(stored) = link.stored(names, &names.input(), from, deadline).await? else { break };
+        let Some(stored) = link.stored(names, &names.input(), from, deadline).await? else {
+            break;
+        };
         from = stored.sequence + 1;
         ids.push(form::read(Some(&stored.headers), stored.body, stored.sequence).id);
     }

@@ -46,12 +46,19 @@ fn version(program: &str) -> Result<(String, (u32, u32, u32)), String> {
         )
     })?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let text = text.trim().rsplit('v').next().unwrap_or_default().to_owned();
+    let text = text
+        .trim()
+        .rsplit('v')
+        .next()
+        .unwrap_or_default()
+        .to_owned();
     let mut parts = text.split(['.', '-']).map(|part| part.parse().ok());
     let mut part = || parts.next().flatten();
     match (part(), part(), part()) {
         (Some(major), Some(minor), Some(patch)) => Ok((text, (major, minor, patch))),
-        _ => Err(format!("{program} --version says {text:?}, which is no version")),
+        _ => Err(format!(
+            "{program} --version says {text:?}, which is no version"
+        )),
     }
 }
 
@@ -75,7 +82,11 @@ impl Harness for Nats {
             command.arg("-c").arg(directory.join("nats.conf"));
             command
         });
-        let server = NatsServer { process, version, syncs };
+        let server = NatsServer {
+            process,
+            version,
+            syncs,
+        };
         server.up().await?;
         Ok(Box::new(server))
     }
@@ -83,7 +94,10 @@ impl Harness for Nats {
 
 fn configure(directory: &Path, address: SocketAddr, syncs: bool) -> std::io::Result<()> {
     let (sync, tags) = if syncs {
-        (", sync_interval: always", "server_tags: [\"sync:always\"]\n")
+        (
+            ", sync_interval: always",
+            "server_tags: [\"sync:always\"]\n",
+        )
     } else {
         ("", "")
     };
@@ -124,7 +138,11 @@ impl NatsServer {
 #[async_trait]
 impl Server for NatsServer {
     fn facts(&self) -> Facts {
-        let strongest = if self.syncs { Level::Power } else { Level::Process };
+        let strongest = if self.syncs {
+            Level::Power
+        } else {
+            Level::Process
+        };
         let version = format!("nats-server {}", self.version);
         Facts::shared(version, self.url(), TAKEOVER, strongest)
     }
@@ -139,13 +157,18 @@ impl Server for NatsServer {
         for stream in listed["streams"].as_array().into_iter().flatten() {
             let name = stream["config"]["name"].as_str().unwrap_or_default();
             let with_subjects = json!({ "subjects_filter": ">" });
-            let info = self.look(&format!("$JS.API.STREAM.INFO.{name}"), &with_subjects).await?;
-            let own = name.contains(queue.as_str()) || name.replace('~', ".").contains(queue.as_str());
+            let info = self
+                .look(&format!("$JS.API.STREAM.INFO.{name}"), &with_subjects)
+                .await?;
+            let own =
+                name.contains(queue.as_str()) || name.replace('~', ".").contains(queue.as_str());
             if own {
                 found.push(format!("the stream {name}"));
             }
             let body = &json!({});
-            let consumers = self.look(&format!("$JS.API.CONSUMER.NAMES.{name}"), body).await?;
+            let consumers = self
+                .look(&format!("$JS.API.CONSUMER.NAMES.{name}"), body)
+                .await?;
             for consumer in consumers["consumers"].as_array().into_iter().flatten() {
                 if own || consumer.to_string().contains(queue.as_str()) {
                     found.push(format!("the consumer {consumer} of {name}"));
