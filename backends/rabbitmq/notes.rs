@@ -89,7 +89,10 @@ impl Notes {
 
     /// How many wait for their time.
     pub(super) fn waiting(&self) -> u64 {
-        self.due.values().filter(|due| !due.left().is_zero()).count() as u64
+        self.due
+            .values()
+            .filter(|due| !due.left().is_zero())
+            .count() as u64
     }
 }
 

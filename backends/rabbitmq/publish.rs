@@ -15,8 +15,7 @@ use tokio::sync::oneshot;
 use super::{
     connection::{AGAIN, Core, EXCHANGE},
     fault::Fault,
-    late, letter,
-    lock, lockqueue, no_queue,
+    late, letter, lock, lockqueue, no_queue,
     post::{Answer, Letter, Ticket},
     status, topology,
 };

@@ -45,9 +45,7 @@ pub(super) async fn open(wire: &Wire, queue: &str, most: usize) -> Result<Option
     let mut entries = Vec::with_capacity(wanted);
     if wanted > 0 {
         let room = u16::try_from(wanted).unwrap_or(u16::MAX);
-        channel
-            .basic_qos(room, BasicQosOptions::default())
-            .await?;
+        channel.basic_qos(room, BasicQosOptions::default()).await?;
         let mut consumer = channel
             .basic_consume(
                 queue.into(),
