@@ -668,7 +668,10 @@ impl Station {
         let mut verdicts = listen(&channel, &tell).await?;
         // Told before the lane goes: whoever asks takes its end for an answer.
         let word = LetGo { tell: tell.clone() };
-        let word = back.answer(&holder.core, serde_json::to_vec(&word).unwrap_or_default().into());
+        let word = back.answer(
+            &holder.core,
+            serde_json::to_vec(&word).unwrap_or_default().into(),
+        );
         let patience = Deadline::after(holder.core.heartbeat);
         holder.core.outbox.publish(word, patience).await;
         let options = QueueDeleteOptions::default();

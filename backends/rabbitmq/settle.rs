@@ -237,6 +237,12 @@ impl Station {
         tags: &BTreeSet<u64>,
     ) -> Result<(), Fault> {
         let tags: Vec<u64> = tags.iter().copied().collect();
+        if tags.is_empty() {
+            return Ok(());
+        }
+        let queue = holder.queue.as_str();
+        // Nobody takes any: this consumer has been cancelled, and has the lock still.
+        let wanted = barrier::ready(&self.channel, queue).await? + tags.len() as u64;
         for some in tags.chunks(MOST_FRAMES) {
             for tag in some {
                 self.return_one(*tag).await?;
@@ -246,7 +252,7 @@ impl Station {
                 self.out.remove(tag);
             }
         }
-        Ok(())
+        barrier::until_ready(&self.channel, queue, wanted).await
     }
 
     fn told(&mut self, holder: &Arc<Holder>, done: Vec<(u64, Fate, Reply)>) {

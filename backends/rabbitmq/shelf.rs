@@ -74,6 +74,13 @@ pub(super) async fn open(wire: &Wire, queue: &str, most: usize) -> Result<Option
 impl Shelf {
     /// Removes those of these delivery tags, and gives the others back. Returns when others see both.
     pub(super) async fn close(self, remove: &BTreeSet<u64>) -> Result<(), Fault> {
+        let kept = self.entries.len()
+            - self
+                .entries
+                .iter()
+                .filter(|entry| remove.contains(&entry.delivery_tag))
+                .count();
+        let before = barrier::ready(&self.channel, &self.queue).await?;
         let mut run = 0;
         let mut frames = 0;
         let mut tags = Vec::with_capacity(self.entries.len());
@@ -107,6 +114,7 @@ impl Shelf {
         if frames > 0 {
             barrier::pass(&self.channel, &self.queue).await?;
         }
+        barrier::until_ready(&self.channel, &self.queue, before + kept as u64).await?;
         Ok(self.channel.close(200, "done".into()).await?)
     }
 }
