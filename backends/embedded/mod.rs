@@ -47,7 +47,8 @@ const MAX_BODY_BYTES: usize = 64 * 1024 * 1024;
 /// is in the order of delivery, queue by queue, and needs no index for it. A message's row is never
 /// changed; what becomes of it is in `deliveries`, whose rows are small.
 ///
-/// Invariant: a queue's messages without a row in `deliveries` are all behind those with one.
+/// Invariants: a queue's messages without a row in `deliveries` are all behind those with one; its
+/// messages behind place `next` stand without a gap.
 static SCHEMA: Schema = Schema {
     what: "wilco broker",
     application_id: 0x77_6c_63_62, // "wlcb"
@@ -58,8 +59,8 @@ static SCHEMA: Schema = Schema {
             name TEXT NOT NULL UNIQUE,
             delivery_limit INTEGER NOT NULL,
             max_messages INTEGER,
-            next INTEGER NOT NULL DEFAULT 0,  -- the last place given away
-            held INTEGER NOT NULL DEFAULT 0,  -- rows in messages
+            next INTEGER NOT NULL DEFAULT 0,  -- the last place that `held` counts
+            held INTEGER NOT NULL DEFAULT 0,  -- rows in messages up to that place
             dead INTEGER NOT NULL DEFAULT 0,  -- rows in dead_letters
             consumer INTEGER                  -- the token of the attached one, alive or not
         ) STRICT;

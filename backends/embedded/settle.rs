@@ -117,6 +117,7 @@ pub(super) fn bury(
         .execute(params![seq, book.place()?, reason, attempts])?;
     book.take_place();
     book.dead += 1;
+    book.touch();
     remove(transaction, books, queue, seq)
 }
 
@@ -131,6 +132,7 @@ fn remove(
         .execute([seq])?;
     if let Some(book) = books.of(transaction, queue)? {
         book.held -= i64::try_from(removed).unwrap_or(0);
+        book.touch();
     }
     Ok(())
 }
@@ -165,6 +167,7 @@ fn leave(transaction: &Connection, books: &mut Books, hold: &Hold, all: bool) ->
         give_back(transaction, book, hold.token, handed, all)?;
         if book.consumer == Some(hold.token) {
             book.consumer = None;
+            book.touch();
         } else {
             book.wake = true;
         }

@@ -328,9 +328,7 @@ fn move_back(
         .prepare_cached("DELETE FROM dead_letters WHERE seq = ?1")?
         .execute([seq])?;
     transaction
-        .prepare_cached(
-            "UPDATE queues SET next = next + 1, held = held + 1, dead = dead - 1 WHERE id = ?1",
-        )?
+        .prepare_cached("UPDATE queues SET dead = dead - 1 WHERE id = ?1")?
         .execute([book.id])?;
     Ok((true, book.consumer))
 }

@@ -1,6 +1,10 @@
 //! What the taskmanager knows of one guest's provisioning: on disk before every side effect.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    sync::LazyLock,
+    time::{Duration, Instant, SystemTime},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +40,10 @@ pub struct Record {
     /// How many copies of prepare may have been stored so far: each publish can add one.
     #[serde(default)]
     pub copies: u32,
+    /// Prepare was confirmed and not in its queue any more when that was about to be deleted: a guest
+    /// that nobody heard of may have acked it.
+    #[serde(default)]
+    pub taken: bool,
     /// The guest said that it accepted prepare.
     pub accepted: bool,
     /// The last start of the guest's agent that was seen.
@@ -75,6 +83,7 @@ impl Record {
             revoking: None,
             sent: Sent::Never,
             copies: 0,
+            taken: false,
             accepted: false,
             boot: None,
             trouble: None,
@@ -450,9 +459,15 @@ impl From<&crate::Error> for Trouble {
 
 /// Now, in milliseconds since 1970. Records use it because they outlive processes; only the
 /// taskmanager's own clock is ever compared with itself (case W34).
+///
+/// The wall clock is read once, and goes on by the monotonic one: whoever sets it fires no deadline of a
+/// taskmanager that runs. The next one reads it anew.
 pub(crate) fn now_ms() -> u64 {
-    std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
+    static START: LazyLock<(Instant, SystemTime)> =
+        LazyLock::new(|| (Instant::now(), SystemTime::now()));
+    let (monotonic, wall) = *START;
+    (wall + monotonic.elapsed())
+        .duration_since(SystemTime::UNIX_EPOCH)
         .map_or(0, |since| {
             u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
         })

@@ -25,6 +25,11 @@ use crate::{
 /// How long one read or write may take: far longer than a healthy disk needs.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long to wait for a lock that may have no owner any more. One that is killed as it starts a program
+/// leaves its locks to that process until it has become the program: a moment, on a busy machine a long
+/// one. A supervisor that starts the agent again at once must not be told that there are two.
+const LEFT_BEHIND: Duration = Duration::from_secs(2);
+
 static RECORDS: Schema = Schema {
     what: "wilco records",
     application_id: 0x7769_6C72,
@@ -66,6 +71,7 @@ impl Records for SqliteRecords {
     async fn own(&self) -> Result<()> {
         self.owner
             .take("another taskmanager is running on these records")
+            .await
     }
 
     async fn save(&self, record: &Record) -> Result<()> {
@@ -168,7 +174,8 @@ impl SqliteJournal {
 impl Journal for SqliteJournal {
     async fn own(&self, address: &GuestAddress) -> Result<()> {
         self.owner
-            .take("another process runs this machine's agent on this journal")?;
+            .take("another process runs this machine's agent on this journal")
+            .await?;
         let address = address.clone();
         let text = to_json(&address)?;
         self.write(move |db| {
@@ -250,7 +257,19 @@ impl OwnerLock {
         }
     }
 
-    fn take(&self, taken: &str) -> Result<()> {
+    async fn take(&self, taken: &str) -> Result<()> {
+        let patience = Deadline::after(LEFT_BEHIND);
+        loop {
+            match self.try_take(taken) {
+                Err(error) if *error.kind() == ErrorKind::Conflict && !patience.has_passed() => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                taken => return taken,
+            }
+        }
+    }
+
+    fn try_take(&self, taken: &str) -> Result<()> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         if held.is_some() {
             return Ok(());
@@ -311,4 +330,28 @@ fn as_integer(number: u64) -> Result<i64> {
             format!("{number} is too large to store"),
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lock_that_a_killed_owner_left_behind_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let lock = || OwnerLock::beside(&directory.path().join("journal.db"));
+        let killed = lock();
+        killed.take("taken").await.unwrap();
+        let error = lock().try_take("taken").unwrap_err();
+        assert_eq!(*error.kind(), ErrorKind::Conflict);
+        // A child between fork and exec has the same file open.
+        let child = killed.held.lock().unwrap().as_ref().unwrap().try_clone();
+        drop(killed);
+        let next = lock();
+        assert!(next.try_take("taken").is_err());
+        let (taken, ()) = tokio::join!(next.take("taken"), async { drop(child) });
+        taken.unwrap();
+    }
 }

@@ -9,9 +9,11 @@ use tokio::{
 
 use crate::{
     backoff::Backoff,
-    broker::QueueSpec,
+    broker::{Broker, QueueSpec},
     deadline::Deadline,
     error::{Error, ErrorKind, Outcome, Result},
+    message::CommandId,
+    names::QueueName,
     wire::{Command, CommandState, Phase, RemoteError, Report, ReportEvent},
     workflow::{
         machine::{self, Event, Todo},
@@ -263,19 +265,14 @@ impl Driver {
             return Ok(());
         }
         if status.dead > 0 {
-            let limit = const { std::num::NonZeroU32::new(100).expect("not zero") };
-            let letters = self
-                .inner
-                .broker
-                .dead_letters(&queue, None, limit, deadline)
-                .await;
-            let letters = match letters {
-                Ok(letters) => letters,
+            let broker = self.inner.broker.as_ref();
+            match why_dead(broker, &queue, &self.record.command, deadline).await {
+                Ok(Some(reason)) => {
+                    let error = RemoteError::new("poison", reason);
+                    return self.learn(Event::Refused(error)).await;
+                }
+                Ok(None) => {}
                 Err(error) => return self.trouble(error).await,
-            };
-            if let Some(letter) = letters.iter().find(|l| l.message.id == self.record.command) {
-                let error = RemoteError::new("poison", letter.reason.clone());
-                return self.learn(Event::Refused(error)).await;
             }
         }
         self.learn(Event::Lost).await
@@ -307,6 +304,9 @@ impl Driver {
                 Ok(_) | Err(_) => {}
             }
         }
+        if let Err(error) = self.look_before_delete().await? {
+            return self.revoking_failed(error).await;
+        }
         let event = match self.inner.take_queue(&self.record.address).await {
             Ok(_) if withdrawn => Event::Command(CommandState::Withdrawn, None),
             Ok(taken) => {
@@ -324,6 +324,28 @@ impl Driver {
             self.inner.dismiss(self.record.address.clone());
         }
         Ok(())
+    }
+
+    /// Whether somebody has acked prepare is the broker's word as it deletes the queue. It is said once, and
+    /// a crash can lose it: so what can be seen before is written down before.
+    async fn look_before_delete(&mut self) -> Result<Result<()>> {
+        let record = &self.record;
+        if record.sent != Sent::Confirmed
+            || record.accepted
+            || record.boot.is_some()
+            || record.taken
+        {
+            return Ok(Ok(()));
+        }
+        let (queue, deadline) = (record.address.queue(), Deadline::after(OPERATION));
+        match self.inner.broker.status(&queue, deadline).await {
+            Ok(status) if status.ready + status.delayed + status.in_flight == 0 => {
+                self.learn(Event::Taken).await?;
+            }
+            Err(error) if *error.kind() != ErrorKind::NoQueue => return Ok(Err(error)),
+            Ok(_) | Err(_) => {}
+        }
+        Ok(Ok(()))
     }
 
     async fn revoking_failed(&mut self, error: Error) -> Result<()> {
@@ -471,6 +493,32 @@ fn fast_backoff() -> Backoff {
     Backoff::new(Duration::from_millis(20), Duration::from_secs(4))
 }
 
+/// Why this command is among the dead letters, if it is, however many there are before it.
+async fn why_dead(
+    broker: &dyn Broker,
+    queue: &QueueName,
+    command: &CommandId,
+    deadline: Deadline,
+) -> Result<Option<String>> {
+    let page = const { std::num::NonZeroU32::new(100).expect("not zero") };
+    let mut after = None;
+    loop {
+        let letters = broker
+            .dead_letters(queue, after.as_ref(), page, deadline)
+            .await?;
+        let Some(last) = letters.last().map(|letter| letter.key.clone()) else {
+            return Ok(None);
+        };
+        let found = letters
+            .into_iter()
+            .find(|letter| letter.message.id == *command);
+        if let Some(letter) = found {
+            return Ok(Some(letter.reason));
+        }
+        after = Some(last);
+    }
+}
+
 /// Returns when the host says that the machine will not come to anything.
 async fn host_failure(
     inner: &Inner,
@@ -500,5 +548,40 @@ async fn host_failure(
             Some(HostState::Booting | HostState::Up) | None => continue,
         };
         return Reason::new(ReasonKind::HostFailed, detail);
+    }
+}
+
+#[cfg(all(test, feature = "embedded"))]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+    use super::*;
+    use crate::{GuestAddress, GuestId, Message, broker::ConsumeOptions};
+
+    #[tokio::test]
+    async fn w28_a_dead_prepare_is_found_behind_many_others() {
+        let within = Deadline::after(Duration::from_secs(30));
+        let broker = crate::connect("memory:").await.unwrap();
+        let queue = GuestAddress::from(GuestId::new("vm").unwrap()).queue();
+        let spec = QueueSpec::new(queue.clone());
+        broker.declare(&spec, within).await.unwrap();
+        let mut consumer = broker
+            .consume(&queue, ConsumeOptions::default(), within)
+            .await
+            .unwrap();
+        let mut bury = async |message: Message, reason: &str| {
+            broker.publish(&queue, message, within).await.unwrap();
+            let delivery = consumer.next().await.unwrap();
+            delivery.dead_letter(reason, within).await.unwrap();
+        };
+        for _ in 0..100 {
+            bury(Message::new("other", "").unwrap(), "broken").await;
+        }
+        let command = CommandId::generate();
+        let look = async || why_dead(broker.as_ref(), &queue, &command, within).await;
+        assert_eq!(look().await.unwrap(), None);
+        let prepare = Message::new("prepare", "").unwrap();
+        bury(prepare.with_id(command.clone()), "version 9").await;
+        assert_eq!(look().await.unwrap().as_deref(), Some("version 9"));
     }
 }

@@ -2,6 +2,8 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
+use tokio::sync::mpsc::error::TrySendError;
+
 use crate::{
     backoff::Backoff,
     broker::{ConsumeOptions, Consumer, Delivery, QueueSpec},
@@ -15,6 +17,10 @@ use crate::{
         taskmanager::{Inner, OPERATION, driver::Signal, may_serve},
     },
 };
+
+/// How long a report waits whose driver has its mailbox full. A driver is busy for [`OPERATION`] at the
+/// longest, which costs the report a few deliveries of those that its limit allows.
+const FULL: Duration = Duration::from_secs(2);
 
 /// The consumer of the queue of reports.
 pub(super) struct Collector {
@@ -117,20 +123,18 @@ impl Inner {
             && driven.progress.borrow().record.address == report.address()
         {
             // The driver acks it, once what it says is on disk.
-            match driven
-                .signals
-                .send(Signal::Report(Box::new((report, delivery))))
-                .await
-            {
-                Ok(()) => return,
-                Err(unsent) => {
-                    let Signal::Report(unsent) = unsent.0 else {
-                        return;
-                    };
-                    let (report, delivery) = *unsent;
-                    return self.without_driver(report, delivery).await;
+            let signal = Signal::Report(Box::new((report, delivery)));
+            return match driven.signals.try_send(signal) {
+                Err(TrySendError::Full(Signal::Report(unsent))) => {
+                    // It waits in the queue: in the way of nobody else's.
+                    log_unsettled(unsent.1.retry(FULL, Deadline::after(OPERATION)).await);
                 }
-            }
+                Err(TrySendError::Closed(Signal::Report(unsent))) => {
+                    let (report, delivery) = *unsent;
+                    self.without_driver(report, delivery).await;
+                }
+                Ok(()) | Err(_) => {}
+            };
         }
         self.without_driver(report, delivery).await;
     }
@@ -219,6 +223,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
     use serde_json::value::RawValue;
+    use tokio::sync::{mpsc, watch};
 
     use super::*;
     use crate::{
@@ -227,7 +232,7 @@ mod tests {
         workflow::{
             record::{Deadlines, SendPolicy, State},
             records::{MemoryRecords, Records as _},
-            taskmanager::Taskmanager,
+            taskmanager::{Driven, Progress, Taskmanager, lock},
         },
     };
 
@@ -266,5 +271,49 @@ mod tests {
         taskmanager.inner.hand_over(delivery).await;
         let status = broker.status(&queue, within).await.unwrap();
         assert_eq!(status.messages(), 1, "{status:?}");
+    }
+
+    #[tokio::test]
+    async fn a_driver_that_is_behind_keeps_nobody_else_waiting() {
+        let within = Deadline::after(Duration::from_secs(30));
+        let broker = crate::connect("memory:").await.unwrap();
+        let address = GuestAddress::from(GuestId::new("vm").unwrap());
+        let record = Record::new(
+            address.clone(),
+            RawValue::NULL.to_owned().into(),
+            SendPolicy::default(),
+            Deadlines::default(),
+            0,
+        );
+        let queue = QueueName::reports("main").unwrap();
+        let spec = QueueSpec::new(queue.clone());
+        broker.declare(&spec, within).await.unwrap();
+        let records = Arc::new(MemoryRecords::default());
+        let taskmanager = Taskmanager::make(broker.clone(), records, queue.clone(), true);
+        // Its driver takes nothing in, and its mailbox has room for one.
+        let (signals, mut inbox) = mpsc::channel(1);
+        let (_tell, progress) = watch::channel(Progress {
+            record: Arc::new(record),
+            stopped: None,
+            stuck: false,
+        });
+        let driven = Driven { signals, progress };
+        lock(&taskmanager.inner.drivers).insert(address.guest.clone(), driven);
+        let mut consumer = broker
+            .consume(&queue, ConsumeOptions::default(), within)
+            .await
+            .unwrap();
+        let boot = MessageId::new("boot").unwrap();
+        for _ in 0..2 {
+            let hello = Report::new(&address, boot.clone(), ReportEvent::Hello);
+            let hello = hello.to_message().unwrap();
+            broker.publish(&queue, hello, within).await.unwrap();
+            let delivery = consumer.next().await.unwrap();
+            let handed = taskmanager.inner.hand_over(delivery);
+            within.bound(handed).await.unwrap();
+        }
+        let status = broker.status(&queue, within).await.unwrap();
+        assert_eq!((status.in_flight, status.delayed), (1, 1), "{status:?}");
+        assert!(matches!(inbox.try_recv(), Ok(Signal::Report(_))));
     }
 }
