@@ -3,9 +3,11 @@
 mod embedded;
 mod handles;
 mod reference;
+mod url;
 
 pub use embedded::{Memory, Sqlite};
 pub use reference::Reference;
+pub use url::Url;
 
 use crate::harness::Harness;
 

@@ -17,7 +17,7 @@ pub async fn l_handles_that_come_and_go_lose_nothing(cx: &Cx) -> CheckResult {
     const PUBLISHERS: usize = 4;
     const EACH: usize = 250;
     const CONSUMERS: usize = 12;
-    let history = Arc::new(History::new(cx.options.seed));
+    let history = cx.history();
     let control = cx.connect().await?;
     let name = limited(&*control, "l-handles", 10_000).await?;
     let mut rng = cx.rng();
@@ -69,7 +69,7 @@ pub async fn l_handles_that_come_and_go_lose_nothing(cx: &Cx) -> CheckResult {
 /// The same with processes, killed at random moments of publishing and consuming.
 pub async fn l_processes_killed_at_random_lose_nothing(cx: &Cx) -> CheckResult {
     const KILLS: u64 = 8;
-    let history = Arc::new(History::new(cx.options.seed));
+    let history = cx.history();
     let control = cx.connect().await?;
     let name = limited(&*control, "l-processes", 10_000).await?;
     let mut rng = cx.rng();

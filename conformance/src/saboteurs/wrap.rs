@@ -113,7 +113,7 @@ pub trait Sabotage: Send + Sync + fmt::Debug {
     async fn restarted(&self, _inner: &Inner) {}
 }
 
-pub(super) fn wrap(inner: Inner, sabotage: Arc<dyn Sabotage>) -> Arc<dyn Broker> {
+pub(crate) fn wrap(inner: Inner, sabotage: Arc<dyn Sabotage>) -> Arc<dyn Broker> {
     Arc::new(Wrapped { inner, sabotage })
 }
 
