@@ -94,7 +94,10 @@ pub async fn l_processes_killed_at_random_lose_nothing(cx: &Cx) -> CheckResult {
             })
             .await?;
         // The kill comes that many lines into its history: a moment that a seed can name.
-        let (for_worker, for_loader) = (rng.u64(20..200), rng.u64(20..300));
+        // Each message that the loader tells of gives the worker two lines at least: it never waits for
+        // work that a killed loader does not bring any more.
+        let for_loader = rng.u64(40..300);
+        let for_worker = rng.u64(20..for_loader - 10);
         let (worker, loader) = tokio::join!(
             kill_after(worker, for_worker, &history),
             kill_after(loader, for_loader, &history)
