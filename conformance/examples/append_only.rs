@@ -1178,7 +1178,7 @@ fn unix_ms() -> u64 {
 
 // Step 7: held to the contract. The harness starts the broker, restarts it, and looks at it from its own side.
 
-mod held {
+pub(crate) mod held {
     use std::sync::RwLock;
 
     use tempfile::TempDir;
@@ -1187,7 +1187,7 @@ mod held {
     use super::*;
 
     #[derive(Debug)]
-    pub(super) struct AppendOnly;
+    pub(crate) struct AppendOnly;
 
     #[async_trait]
     impl Harness for AppendOnly {

@@ -248,7 +248,7 @@ fn card(out: &mut String, run: &Run, name: &str) -> Result {
         "<p class=\"fine\">seed {} · {} · {} · {} · suite {}</p>\n</article>\n",
         run.seed,
         time(run.ms as f64),
-        Text(&run.started),
+        Text(&run.started.replace('T', " ").replace('Z', " UTC")),
         Text(&run.machine),
         Text(&run.suite),
     )
