@@ -18,28 +18,24 @@ const WIDTHS: [u32; 3] = [360, 430, 1_200];
 #[test]
 fn every_cell_is_there_and_nothing_overflows() {
     let report = made::report();
-    let page = html::render(&report);
-    for width in WIDTHS {
-        for open in [false, true] {
-            let Some(shown) = browse(&page, width, open) else {
-                return;
-            };
-            let wide = attribute(&shown, "data-wide");
-            assert_eq!(wide, "", "sticks out at {width} px, details open: {open}");
-            assert_eq!(attribute(&shown, "data-width"), width.to_string());
-            assert_eq!(
-                attribute(&shown, "data-scripts"),
-                "0",
-                "text became a script"
-            );
-            cells(&report, &shown);
-        }
+    let Some(shown) = browse(&html::render(&report)) else {
+        return;
+    };
+    let of_each = WIDTHS
+        .iter()
+        .flat_map(|width| [(width, false), (width, true)]);
+    for (n, (width, open)) in of_each.enumerate() {
+        let told = |what: &str| attribute(&shown, &format!("data-{what}-{n}"));
+        let wide = told("wide");
+        assert_eq!(wide, "", "sticks out at {width} px, details open: {open}");
+        assert_eq!(told("width"), width.to_string());
+        assert_eq!(told("scripts"), "0", "text became a script");
+        cells(&report, &told("cells"));
     }
 }
 
 /// Every law that ran on a broker has its cell, with what came of it.
-fn cells(report: &Report, shown: &str) {
-    let told = attribute(shown, "data-cells");
+fn cells(report: &Report, told: &str) {
     let told: Vec<_> = told.split(' ').collect();
     let laws = report.laws();
     assert_eq!(told.len(), laws.len() * report.runs.len());
@@ -48,9 +44,10 @@ fn cells(report: &Report, shown: &str) {
     }
 }
 
-/// Shows the page in a frame of this width and measures it there: a browser's window has a least width
-/// that is more than a phone's. Returns the document as it stands then; `None` without a browser.
-fn browse(page: &str, width: u32, open: bool) -> Option<String> {
+/// Shows the page in frames of these widths, closed and open, and measures it there: a browser's window
+/// has a least width that is more than a phone's. Returns the document as it stands then; `None`
+/// without a browser.
+fn browse(page: &str) -> Option<String> {
     let Some(browser) = browser() else {
         not_run(
             "the page in a browser",
@@ -61,18 +58,19 @@ fn browse(page: &str, width: u32, open: bool) -> Option<String> {
     // Its policy lets no script run in it, ours neither: what it says is tested in `tests/report.rs`.
     let policy = page.find("<meta http-equiv").expect("a policy");
     let end = policy + page[policy..].find('>').expect("its end");
-    let mut page = format!("{}{}", &page[..policy], &page[end + 1..]);
-    if open {
-        page = page.replace("<details", "<details open");
+    let page = format!("{}{}", &page[..policy], &page[end + 1..]);
+    let mut outer = String::from("<!doctype html><body>");
+    for width in WIDTHS {
+        for page in [page.clone(), page.replace("<details", "<details open")] {
+            let frame = page.replace('&', "&amp;").replace('"', "&quot;");
+            outer += &format!(
+                "<iframe width={width} height=800 style=\"border:0\" srcdoc=\"{frame}\"></iframe>"
+            );
+        }
     }
-    let frame = page.replace('&', "&amp;").replace('"', "&quot;");
+    outer += &format!("<script>{}</script></body>", include_str!("page.js"));
     let directory = tempfile::tempdir().unwrap();
-    let file = directory.path().join("frame.html");
-    let measure = include_str!("page.js");
-    let outer = format!(
-        "<!doctype html><body><iframe id=f width={width} height=800 style=\"border:0\" srcdoc=\"{frame}\">\
-         </iframe><script>{measure}</script></body>"
-    );
+    let file = directory.path().join("frames.html");
     std::fs::write(&file, outer).unwrap();
     let mut child = Command::new(browser)
         .args([
@@ -112,7 +110,10 @@ fn browse(page: &str, width: u32, open: bool) -> Option<String> {
         std::thread::sleep(Duration::from_millis(50));
     }
     let shown = reader.join().unwrap().unwrap();
-    assert!(shown.contains("data-wide="), "not measured: {shown:.2000}");
+    assert!(
+        shown.contains("data-wide-5="),
+        "not measured: {shown:.2000}"
+    );
     Some(shown)
 }
 
