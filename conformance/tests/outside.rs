@@ -22,3 +22,20 @@ const NOT_RUN: &[&str] = &[
 ];
 
 for_each_check!(common::tests);
+
+/// Each piece of code in the guide is a piece of the example, line by line; so it compiles, and passes.
+#[test]
+fn the_guide_shows_the_code_as_it_is() {
+    let example = include_str!("../examples/append_only.rs");
+    let lines: Vec<_> = example.lines().map(str::trim).collect();
+    let guide = include_str!("../examples/writing-a-backend.md");
+    let mut pieces = 0;
+    for piece in guide.split("```rust\n").skip(1) {
+        let piece = piece.split("```").next().unwrap_or_default();
+        let piece: Vec<_> = piece.lines().map(str::trim).collect();
+        let there = lines.windows(piece.len()).any(|lines| lines == piece);
+        assert!(there, "not in the example: {}", piece.join("\n"));
+        pieces += 1;
+    }
+    assert!(pieces >= 12, "{pieces}");
+}
