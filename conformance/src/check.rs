@@ -5,14 +5,17 @@ use std::{
     fmt,
     path::PathBuf,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use serde::Serialize;
 use wilco::Broker;
 
-use crate::harness::{Harness, Server, Unavailable, Use};
+use crate::{
+    harness::{Harness, Server, Unavailable, Use},
+    ledger::History,
+};
 
 /// One check of one law.
 #[derive(Clone, Copy)]
@@ -60,37 +63,49 @@ impl Check {
     /// Runs the check on a fresh broker of this harness.
     pub async fn run_on(&self, harness: &dyn Harness, options: &Options) -> Outcome {
         let started = Instant::now();
+        let mut history = None;
         let mut result = match harness.start(self.usage()).await {
             Ok(server) => {
                 let cx = Cx {
                     server,
                     options: options.clone(),
                     law: self.law,
+                    history: OnceLock::new(),
                 };
-                match tokio::time::timeout(self.limit(), (self.run)(&cx)).await {
+                let result = match tokio::time::timeout(self.limit(), (self.run)(&cx)).await {
                     Ok(result) => result,
                     Err(_) => Err(CheckError::failed(
                         format!("the check ends within {:?}", self.limit()),
                         "something in it still waited",
                     )),
-                }
+                };
+                history = cx.history.into_inner();
+                result
             }
             // A broker that was asked for and does not come is a failure, not a skip (law X2).
             Err(reason) => Err(CheckError::failed("the broker starts", reason)),
         };
+        match harness.sweep().await {
+            Err(CheckError::Failed(left)) if result.is_ok() => {
+                result = Err(CheckError::Failed(left))
+            }
+            Err(CheckError::Unavailable(reason)) => result = Err(reason.into()),
+            _ => {}
+        }
         if let Err(CheckError::Failed(failure)) = &mut result {
             failure.check = self.name;
             failure.law = self.law;
-            failure.backend = harness.name();
+            failure.backend = harness.name().into();
             failure.seed = options.seed;
         }
         Outcome {
             check: self.name,
             law: self.law,
-            backend: harness.name(),
+            backend: harness.name().into(),
             seed: options.seed,
             elapsed: started.elapsed(),
             result,
+            history,
         }
     }
 }
@@ -139,9 +154,20 @@ pub struct Cx {
     /// How to run.
     pub options: Options,
     law: &'static str,
+    history: OnceLock<Arc<History>>,
 }
 
 impl Cx {
+    /// The history of this check, made when it is first asked for. Whatever comes of the check, the
+    /// history goes with it into the report, which draws faults against publishes and deliveries.
+    #[must_use]
+    pub fn history(&self) -> Arc<History> {
+        let made = self
+            .history
+            .get_or_init(|| Arc::new(History::new(self.options.seed)));
+        Arc::clone(made)
+    }
+
     /// One more handle on the broker.
     ///
     /// # Errors
@@ -229,7 +255,7 @@ pub struct Failure {
     /// The law.
     pub law: &'static str,
     /// The backend.
-    pub backend: &'static str,
+    pub backend: String,
     /// The seed that it was seen with.
     pub seed: u64,
     /// What the law says.
@@ -266,17 +292,25 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "law {} broken on {} by {} with seed {}\n  expected: {}\n  seen:     {}\n  again:    \
-             wilco-conformance run --broker {} --check {} --seed {}",
+            "law {} broken on {} by {} with seed {}\n  expected: {}\n  seen:     {}\n  again:    {}",
             self.law,
             self.backend,
             self.check,
             self.seed,
             self.expected,
             self.seen,
-            self.backend,
-            self.check,
-            self.seed
+            self.again()
+        )
+    }
+}
+
+impl Failure {
+    /// The command that makes the same choices again.
+    #[must_use]
+    pub fn again(&self) -> String {
+        format!(
+            "wilco-conformance run --broker {} --check {} --seed {}",
+            self.backend, self.check, self.seed
         )
     }
 }
@@ -289,11 +323,13 @@ pub struct Outcome {
     /// Its law.
     pub law: &'static str,
     /// The backend.
-    pub backend: &'static str,
+    pub backend: String,
     /// The seed.
     pub seed: u64,
     /// How long it took.
     pub elapsed: Duration,
     /// What came of it.
     pub result: CheckResult,
+    /// What happened in it, where the check keeps a ledger.
+    pub history: Option<Arc<History>>,
 }

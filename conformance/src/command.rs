@@ -1,21 +1,22 @@
-//! The command: `run`, `list`, `check`.
+//! The command: `run`, `list`, `report`, `check`, `saboteurs`.
+
+mod run;
+mod sabotage;
 
 use std::{
+    fs,
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
 };
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
 use crate::{
     agent,
-    check::{Check, Options},
     harness::Harness,
     harnesses, ledger, registry,
-    report::{Line, LineResult, Report},
-    saboteurs,
+    report::{Report, html, junit},
 };
 
 /// Runs the laws of wilco's contract against a broker.
@@ -30,39 +31,32 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run checks on private brokers.
+    /// Run checks, on private brokers or on one of yours.
     #[command(after_help = "Examples:\n  \
         wilco-conformance run --broker sqlite\n  \
         wilco-conformance run --broker sqlite --law Q3 --seed 7\n  \
-        wilco-conformance run --broker memory --broker sqlite --report out.json")]
-    Run {
-        /// The kind of broker: sqlite, memory or reference. Can be given more than once.
-        #[arg(long = "broker", required_unless_present = "list")]
-        brokers: Vec<String>,
-        /// Only the checks of this law, such as Q3. Can be given more than once.
-        #[arg(long = "law")]
-        laws: Vec<String>,
-        /// Only this check. Can be given more than once.
-        #[arg(long = "check")]
-        checks: Vec<String>,
-        /// Where random choices come from; the same seed makes the same choices.
+        wilco-conformance run --broker memory --broker sqlite --faults --saboteurs --report out\n  \
+        wilco-conformance run --broker amqp://broker.example --report out\n\n\
+        On a broker that is given by its URL, only queues of the suite's own names are used, nothing is \
+        left behind, and what needs control over its process does not run and is told. A password is \
+        best given in WILCO_BROKER_PASSWORD.")]
+    Run(run::Run),
+    /// Show reports of earlier runs again, several together as one.
+    #[command(after_help = "Example:\n  \
+        wilco-conformance report here/report.json there/report.json --html both.html")]
+    Report {
+        /// Files that `run --report` wrote.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Write one page to look at.
         #[arg(long)]
-        seed: Option<u64>,
-        /// Write the report to this file too, as JSON.
+        html: Option<PathBuf>,
+        /// Write JUnit XML.
         #[arg(long)]
-        report: Option<PathBuf>,
-        /// Keep the histories of failed runs in this directory.
-        #[arg(long, default_value_os_t = std::env::temp_dir())]
-        histories: PathBuf,
-        /// How often a broker is killed where the law says fifty times (F1).
-        #[arg(long, default_value_t = 50)]
-        kills: usize,
-        /// For how many seconds a broker is down where the law says a minute (F5).
-        #[arg(long, default_value_t = 60)]
-        outage: u64,
-        /// List the checks and end.
+        junit: Option<PathBuf>,
+        /// Write them as one JSON file.
         #[arg(long)]
-        list: bool,
+        json: Option<PathBuf>,
     },
     /// Judge a history that was kept.
     Check {
@@ -70,51 +64,46 @@ enum Command {
         history: PathBuf,
     },
     /// Run every saboteur against the check that has to catch it.
-    Saboteurs {
-        /// The kind of broker that they break.
-        #[arg(long, default_value = "reference")]
-        broker: String,
-        /// Where random choices come from.
-        #[arg(long, default_value_t = 1)]
-        seed: u64,
-    },
+    Saboteurs(Saboteurs),
     /// The second process of a check.
     #[command(hide = true)]
-    Agent {
-        /// The broker's URL.
-        url: String,
-    },
+    Agent,
+}
+
+#[derive(Debug, Args)]
+struct Saboteurs {
+    /// The kind of broker that they break.
+    #[arg(long, default_value = "reference")]
+    broker: String,
+    /// Where random choices come from.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Run the other checks of the same law too, to see who else notices.
+    #[arg(long)]
+    wide: bool,
+    /// Write the report into this directory.
+    #[arg(long)]
+    report: Option<PathBuf>,
 }
 
 /// Reads the command line, does what it says, and gives the exit status.
 pub async fn main() -> ExitCode {
     let mut out = io::stdout();
     let done = match Arguments::parse().command {
-        Command::Run { list: true, .. } => list(&mut out),
-        Command::Run {
-            brokers,
-            laws,
-            checks,
-            seed,
-            report,
-            histories,
-            kills,
-            outage,
-            ..
-        } => {
-            let seed = seed.unwrap_or_else(|| fastrand::u64(..1 << 32));
-            let agent = std::env::current_exe().ok();
-            let options = Options {
-                histories,
-                kills,
-                outage: Duration::from_secs(outage),
-                ..Options::new(seed, agent)
-            };
-            run(&mut out, &brokers, &laws, &checks, &options, report).await
-        }
+        Command::Run(run) if run.list => list(&mut out),
+        Command::Run(run) => run.run(&mut out).await,
+        Command::Report {
+            files,
+            html,
+            junit,
+            json,
+        } => show(&mut out, &files, html, junit, json),
         Command::Check { history } => check(&mut out, &history),
-        Command::Saboteurs { broker, seed } => sabotage(&mut out, &broker, seed).await,
-        Command::Agent { url } => agent::run(&url).await.map(|()| true),
+        Command::Saboteurs(asked) => saboteurs(&mut out, asked).await,
+        Command::Agent => match std::env::var(agent::URL) {
+            Ok(url) => agent::run(&url).await.map(|()| true),
+            Err(_) => Err(format!("{} has to hold the broker's URL", agent::URL)),
+        },
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -128,133 +117,95 @@ pub async fn main() -> ExitCode {
 
 fn list(out: &mut impl Write) -> Result<bool, String> {
     for check in registry::all() {
-        say(
-            out,
-            format!("{:<4} {:<56} {}", check.law, check.name, check.title),
-        )?;
+        let line = format!("{:<4} {:<56} {}", check.law, check.name, check.title);
+        say(out, line)?;
     }
     Ok(true)
 }
 
-async fn run(
+fn show(
     out: &mut impl Write,
-    brokers: &[String],
-    laws: &[String],
-    names: &[String],
-    options: &Options,
-    file: Option<PathBuf>,
+    files: &[PathBuf],
+    html: Option<PathBuf>,
+    junit: Option<PathBuf>,
+    json: Option<PathBuf>,
 ) -> Result<bool, String> {
-    let harnesses = brokers
-        .iter()
-        .map(|name| harness(name))
-        .collect::<Result<Vec<_>, _>>()?;
-    let checks = chosen(laws, names)?;
-    say(
-        out,
-        format!(
-            "{} checks, seed {}",
-            checks.len() * harnesses.len(),
-            options.seed
-        ),
-    )?;
-    let mut report = Report::new();
-    for harness in &harnesses {
-        for check in &checks {
-            let line = Line::from(check.run_on(harness.as_ref(), options).await);
-            say(out, &line)?;
-            report.lines.push(line);
-        }
+    let mut report = Report::default();
+    for file in files {
+        report.join(Report::load(file)?);
     }
+    if let Some(file) = html {
+        write(&file, html::render(&report))?;
+    }
+    if let Some(file) = junit {
+        write(&file, junit::render(&report)?)?;
+    }
+    if let Some(file) = json {
+        write(&file, to_json(&report)?)?;
+    }
+    say(out, &report)?;
+    Ok(report.passed())
+}
+
+async fn saboteurs(out: &mut impl Write, asked: Saboteurs) -> Result<bool, String> {
+    let broker = || harness(&asked.broker);
+    let mut report = Report::default();
+    report.saboteurs = sabotage::all(out, &broker, asked.seed, asked.wide).await?;
     say(out, format!("\n{report}"))?;
-    if let Some(file) = file {
-        let json = serde_json::to_vec_pretty(&report).map_err(|error| error.to_string())?;
-        std::fs::write(&file, json).map_err(|error| format!("{}: {error}", file.display()))?;
-    }
-    if report.counts() == [0, 0, report.lines.len()] {
-        return Err("nothing could be run".into());
+    if let Some(directory) = asked.report {
+        save(out, &report, &directory)?;
     }
     Ok(report.passed())
 }
 
-/// The checks that were asked for; all of them if none was.
-fn chosen(laws: &[String], names: &[String]) -> Result<Vec<Check>, String> {
-    let known = registry::all();
-    for law in laws {
-        if !known
-            .iter()
-            .any(|check| check.law.eq_ignore_ascii_case(law))
-        {
-            return Err(format!("no check of law {law:?}; `run --list` lists them"));
-        }
-    }
-    for name in names {
-        if registry::find(name).is_none() {
-            return Err(format!("no check {name:?}; `run --list` lists them"));
-        }
-    }
-    let all = laws.is_empty() && names.is_empty();
-    let asked = |check: &Check| {
-        all || laws.iter().any(|law| check.law.eq_ignore_ascii_case(law))
-            || names.iter().any(|name| check.name == name)
+fn check(out: &mut impl Write, history: &Path) -> Result<bool, String> {
+    let entries =
+        ledger::load(history).map_err(|error| format!("{}: {error}", history.display()))?;
+    let minimum = ledger::Minimum {
+        confirmed: 1,
+        faults: 0,
     };
-    Ok(known.into_iter().filter(asked).collect())
+    let verdict = ledger::judge(&entries, minimum);
+    say(out, &verdict)?;
+    let clean = verdict.is_clean();
+    say(out, if clean { "clean" } else { "NOT CLEAN" })?;
+    Ok(clean)
 }
 
+/// The harness of this name, or the broker at this URL.
 fn harness(name: &str) -> Result<Box<dyn Harness>, String> {
+    if name.contains(':') {
+        return Ok(Box::new(harnesses::Url::new(name)?));
+    }
     harnesses::find(name).ok_or_else(|| {
-        let known: Vec<_> = harnesses::all()
-            .iter()
-            .map(|harness| harness.name())
-            .collect();
-        format!("no broker {name:?}; there are {}", known.join(", "))
+        let known = harnesses::all();
+        let known: Vec<_> = known.iter().map(|harness| harness.name()).collect();
+        format!(
+            "no broker {name:?}; there are {}, or a broker's URL",
+            known.join(", ")
+        )
     })
 }
 
-fn check(out: &mut impl Write, history: &std::path::Path) -> Result<bool, String> {
-    let entries =
-        ledger::load(history).map_err(|error| format!("{}: {error}", history.display()))?;
-    let verdict = ledger::judge(
-        &entries,
-        ledger::Minimum {
-            confirmed: 1,
-            faults: 0,
-        },
-    );
-    say(out, &verdict)?;
-    say(
-        out,
-        if verdict.is_clean() {
-            "clean"
-        } else {
-            "NOT CLEAN"
-        },
-    )?;
-    Ok(verdict.is_clean())
+/// Writes a report in all its forms.
+fn save(out: &mut impl Write, report: &Report, directory: &Path) -> Result<(), String> {
+    write(&directory.join("report.json"), to_json(report)?)?;
+    write(&directory.join("junit.xml"), junit::render(report)?)?;
+    let page = directory.join("report.html");
+    write(&page, html::render(report))?;
+    say(out, format!("the report is in {}", page.display()))
 }
 
-async fn sabotage(out: &mut impl Write, broker: &str, seed: u64) -> Result<bool, String> {
-    let options = Options::new(seed, std::env::current_exe().ok());
-    let mut all_caught = true;
-    for saboteur in saboteurs::all() {
-        let check = registry::find(saboteur.caught_by)
-            .ok_or_else(|| format!("no check {}", saboteur.caught_by))?;
-        let harness = saboteurs::Sabotaged::new(harness(broker)?, saboteur);
-        let line = Line::from(check.run_on(&harness, &options).await);
-        let told = match &line.result {
-            LineResult::Failed { failure } => format!("caught      {}", failure.seen),
-            LineResult::NotRun { reason } => format!("not run     {reason}"),
-            LineResult::Passed { .. } => {
-                all_caught = false;
-                "NOT CAUGHT".into()
-            }
-        };
-        let told = told.lines().next().unwrap_or_default().to_owned();
-        say(
-            out,
-            format!("{:<34} {:<56} {told}", saboteur.name, check.name),
-        )?;
+fn to_json(report: &Report) -> Result<String, String> {
+    serde_json::to_string_pretty(report).map_err(|error| error.to_string())
+}
+
+fn write(file: &Path, text: String) -> Result<(), String> {
+    if let Some(directory) = file.parent() {
+        let made = fs::create_dir_all(directory);
+        made.map_err(|error| format!("{}: {error}", directory.display()))?;
     }
-    Ok(all_caught)
+    fs::write(file, text).map_err(|error| format!("{}: {error}", file.display()))
 }
 
 fn say(out: &mut impl Write, line: impl std::fmt::Display) -> Result<(), String> {

@@ -6,6 +6,8 @@ use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use wilco::{Broker, Deadline, QueueName, durability::Level};
 
+use crate::check::CheckError;
+
 /// A thing that this harness cannot do here, and why. It is reported as "not run", never as a pass
 /// (law X2).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,7 +30,7 @@ impl fmt::Display for Unavailable {
 #[async_trait]
 pub trait Harness: Send + Sync + fmt::Debug {
     /// The name in reports and on the command line, such as `sqlite`.
-    fn name(&self) -> &'static str;
+    fn name(&self) -> &str;
 
     /// Starts a broker that nobody else uses, with nothing on it. It is gone when the server is
     /// dropped.
@@ -40,6 +42,16 @@ pub trait Harness: Send + Sync + fmt::Debug {
     /// # Errors
     /// What kept it from starting. For a broker that was asked for that is a failure (law X2).
     async fn start(&self, usage: Use) -> Result<Box<dyn Server>, String>;
+
+    /// Called after each check, when its server is dropped: takes away what the check left on a broker
+    /// that goes on living. Nothing to do where the broker went with its server.
+    ///
+    /// # Errors
+    /// A failure if something could not be taken away; unavailable, with the reason, if the check met
+    /// what was not the suite's to touch, so that what came of it says nothing.
+    async fn sweep(&self) -> Result<(), CheckError> {
+        Ok(())
+    }
 }
 
 /// How a check uses its broker.
@@ -159,8 +171,8 @@ pub struct Facts {
     /// messages come again (law C1), and its lane is `NoConsumer` (law R3).
     pub takeover: Duration,
     /// The most durable that this broker can be as it was started: what a report may not exceed
-    /// (law D1).
-    pub strongest: Level,
+    /// (law D1). `None` if it was not started by the suite and nobody told.
+    pub strongest: Option<Level>,
 }
 
 impl Facts {
@@ -172,7 +184,7 @@ impl Facts {
             url: Some(url),
             private_because: "",
             takeover,
-            strongest,
+            strongest: Some(strongest),
         }
     }
 
@@ -189,7 +201,7 @@ impl Facts {
             url: None,
             private_because: because,
             takeover,
-            strongest,
+            strongest: Some(strongest),
         }
     }
 }

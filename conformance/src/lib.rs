@@ -13,6 +13,7 @@
 //! - [`report`] and [`command`]: running it all and telling what came of it.
 //!
 //! To hold a backend to the contract, implement [`harness::Harness`] and run [`registry::all`] on it.
+//! `examples/writing-a-backend.md` builds one in seven steps.
 
 pub mod agent;
 pub mod check;

@@ -25,6 +25,10 @@ use crate::{
 /// A broker may be killed and started again between two lines.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Where an agent finds its broker's URL: not among its arguments, which everybody on the machine can
+/// read, for it may hold a password (law S4).
+pub(crate) const URL: &str = "WILCO_CONFORMANCE_AGENT_BROKER";
+
 /// What an agent is told.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
@@ -127,7 +131,7 @@ impl Agent {
         })?;
         let started = Command::new(program)
             .arg("agent")
-            .arg(url)
+            .env(URL, url)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)

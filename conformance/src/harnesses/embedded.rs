@@ -28,7 +28,7 @@ pub struct Sqlite;
 
 #[async_trait]
 impl Harness for Sqlite {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "sqlite"
     }
 
@@ -159,7 +159,7 @@ pub struct Memory;
 
 #[async_trait]
 impl Harness for Memory {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "memory"
     }
 

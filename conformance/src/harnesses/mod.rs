@@ -6,12 +6,14 @@ mod nats;
 mod rabbitmq;
 mod redis;
 mod reference;
+mod url;
 
 pub use embedded::{Memory, Sqlite};
 pub use nats::Nats;
 pub use rabbitmq::RabbitMq;
 pub use redis::Redis;
 pub use reference::Reference;
+pub use url::Url;
 
 use crate::harness::Harness;
 

@@ -16,7 +16,7 @@ pub struct Reference;
 
 #[async_trait]
 impl Harness for Reference {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "reference"
     }
 

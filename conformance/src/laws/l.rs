@@ -16,7 +16,7 @@ pub async fn l_handles_that_come_and_go_lose_nothing(cx: &Cx) -> CheckResult {
     const PUBLISHERS: usize = 4;
     const EACH: usize = 250;
     const CONSUMERS: usize = 12;
-    let history = Arc::new(History::new(cx.options.seed));
+    let history = cx.history();
     let control = cx.connect().await?;
     let name = limited(&*control, "l-handles", 10_000).await?;
     let mut rng = cx.rng();
@@ -68,7 +68,7 @@ pub async fn l_handles_that_come_and_go_lose_nothing(cx: &Cx) -> CheckResult {
 /// The same with processes, killed at random moments of publishing and consuming.
 pub async fn l_processes_killed_at_random_lose_nothing(cx: &Cx) -> CheckResult {
     const KILLS: u64 = 8;
-    let history = Arc::new(History::new(cx.options.seed));
+    let history = cx.history();
     let control = cx.connect().await?;
     let name = limited(&*control, "l-processes", 10_000).await?;
     let mut rng = cx.rng();
@@ -93,7 +93,10 @@ pub async fn l_processes_killed_at_random_lose_nothing(cx: &Cx) -> CheckResult {
             })
             .await?;
         // The kill comes that many lines into its history: a moment that a seed can name.
-        let (for_worker, for_loader) = (rng.u64(20..200), rng.u64(20..300));
+        // Each message that the loader tells of gives the worker two lines at least: it never waits for
+        // work that a killed loader does not bring any more.
+        let for_loader = rng.u64(40..300);
+        let for_worker = rng.u64(20..for_loader - 10);
         let (worker, loader) = tokio::join!(
             kill_after(worker, for_worker, &history),
             kill_after(loader, for_loader, &history)

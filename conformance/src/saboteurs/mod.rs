@@ -10,7 +10,7 @@ mod publish;
 mod queues;
 mod requests;
 mod table;
-mod wrap;
+pub(crate) mod wrap;
 
 use std::{
     fmt,
@@ -24,7 +24,10 @@ use wilco::{Broker, Deadline, Error, ErrorKind, QueueName};
 pub use table::{all, find};
 pub use wrap::{Inner, Sabotage};
 
-use crate::harness::{Facts, Faults, Harness, Server, Unavailable, Use};
+use crate::{
+    check::CheckError,
+    harness::{Facts, Faults, Harness, Server, Unavailable, Use},
+};
 
 /// One saboteur and the check that has to catch it.
 #[derive(Clone, Copy)]
@@ -60,8 +63,12 @@ impl Sabotaged {
 
 #[async_trait]
 impl Harness for Sabotaged {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         self.saboteur.name
+    }
+
+    async fn sweep(&self) -> Result<(), CheckError> {
+        self.harness.sweep().await
     }
 
     async fn start(&self, usage: Use) -> Result<Box<dyn Server>, String> {

@@ -117,7 +117,7 @@ pub trait Sabotage: Send + Sync + fmt::Debug {
     }
 }
 
-pub(super) fn wrap(inner: Inner, sabotage: Arc<dyn Sabotage>) -> Arc<dyn Broker> {
+pub(crate) fn wrap(inner: Inner, sabotage: Arc<dyn Sabotage>) -> Arc<dyn Broker> {
     Arc::new(Wrapped { inner, sabotage })
 }
 

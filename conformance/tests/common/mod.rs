@@ -64,7 +64,12 @@ async fn run_alone(name: &str, broker: &str) {
         String::from_utf8_lossy(&ran.stderr)
     );
     // What did not run has an exit status of its own, and is no success.
-    println!("{}", told.lines().nth(1).unwrap_or_default());
+    println!(
+        "{}",
+        told.lines()
+            .find(|line| line.contains(name))
+            .unwrap_or_default()
+    );
 }
 
 /// As a run by hand, with fewer and shorter faults unless `WILCO_FAULTS=all` asks for what the laws

@@ -142,9 +142,9 @@ pub async fn q8_two_lanes_never_meet(cx: &Cx) -> CheckResult {
     let broker = cx.connect().await?;
     let ids = nasty();
     for (n, id) in ids.iter().enumerate() {
-        let lane = guest(id)?;
+        let lane = GuestAddress::from(GuestId::new(id.clone())?);
         let other = GuestAddress::new(lane.guest.clone(), Incarnation::FIRST.next());
-        let next = guest(&ids[(n + 1) % ids.len()])?;
+        let next = GuestAddress::from(GuestId::new(ids[(n + 1) % ids.len()].clone())?);
         let mut responder = attach_lane(&*broker, &lane).await?;
         for absent in [&other, &next] {
             let answer = broker.request(absent, "who".into(), long()).await;

@@ -1,0 +1,41 @@
+//! Law X3: a backend from outside, on the public API alone, is held to every check; and the guide that
+//! builds it shows its code as it is.
+
+#[allow(dead_code, reason = "its own program is not run here")]
+#[path = "../examples/append_only.rs"]
+mod append_only;
+mod common;
+
+use append_only::held::AppendOnly;
+use wilco_conformance::for_each_check;
+
+const HARNESS: AppendOnly = AppendOnly;
+
+/// What needs a second process.
+const NOT_RUN: &[&str] = &[
+    "c1_a_killed_process_gives_all_back",
+    "c4_a_paused_process_settles_only_what_it_still_has",
+    "c12_across_processes",
+    "r3_a_killed_guest_becomes_no_consumer",
+    "d1_a_claim_to_outlive_a_kill_is_true",
+    "l_processes_killed_at_random_lose_nothing",
+];
+
+for_each_check!(common::tests);
+
+/// Each piece of code in the guide is a piece of the example, line by line; so it compiles, and passes.
+#[test]
+fn the_guide_shows_the_code_as_it_is() {
+    let example = include_str!("../examples/append_only.rs");
+    let lines: Vec<_> = example.lines().map(str::trim).collect();
+    let guide = include_str!("../examples/writing-a-backend.md");
+    let mut pieces = 0;
+    for piece in guide.split("```rust\n").skip(1) {
+        let piece = piece.split("```").next().unwrap_or_default();
+        let piece: Vec<_> = piece.lines().map(str::trim).collect();
+        let there = lines.windows(piece.len()).any(|lines| lines == piece);
+        assert!(there, "not in the example: {}", piece.join("\n"));
+        pieces += 1;
+    }
+    assert!(pieces >= 12, "{pieces}");
+}
