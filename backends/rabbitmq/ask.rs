@@ -77,7 +77,9 @@ pub(super) async fn ask(
         let wire = core.talk.wire(deadline).await?;
         let listening = deadline.bound(listen(core, &wire)).await?;
         if listening.is_err() {
-            deadline.bound(tokio::time::sleep(super::connection::AGAIN)).await?;
+            deadline
+                .bound(tokio::time::sleep(super::connection::AGAIN))
+                .await?;
             continue;
         }
         let (number, answer) = core.askers.expect();
@@ -120,12 +122,7 @@ pub(super) async fn is_attended(core: &Core, lane: &str, deadline: Deadline) -> 
 
 /// Sends the question, and looks at times whether somebody is still there. `None`: it is not known
 /// whether it arrived.
-async fn delivered(
-    core: &Core,
-    lane: &str,
-    question: Letter,
-    deadline: Deadline,
-) -> Option<Asked> {
+async fn delivered(core: &Core, lane: &str, question: Letter, deadline: Deadline) -> Option<Asked> {
     match core.outbox.publish(question, deadline).await {
         Answer::Stored => {}
         Answer::Returned => return Some(Asked::Nobody),
@@ -264,7 +261,12 @@ async fn listen(core: &Core, wire: &Arc<Wire>) -> Result<(), Fault> {
         ..BasicConsumeOptions::default()
     };
     let mut answers = channel
-        .basic_consume(name.into(), "answers".into(), options, FieldTable::default())
+        .basic_consume(
+            name.into(),
+            "answers".into(),
+            options,
+            FieldTable::default(),
+        )
         .await?;
     let waiting = Arc::clone(&askers.waiting);
     tokio::spawn(async move {

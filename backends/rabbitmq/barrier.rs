@@ -5,12 +5,17 @@
 //! the channel sent before. So an attachment that wants no messages, taken back at once, is the answer
 //! (laws C2, C14).
 //!
+//! That is so for acks. What is given back takes another way to the log, and may come behind: where it
+//! has to be there again, it is counted ([`until_ready`]).
+//!
 //! A channel holds back settlements once 32 commands wait for the queue's log: not more than
 //! [`MOST_FRAMES`] may stand before one barrier.
 
+use std::time::Duration;
+
 use lapin::{
     Channel,
-    options::{BasicCancelOptions, BasicConsumeOptions},
+    options::{BasicCancelOptions, BasicConsumeOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 
@@ -39,5 +44,25 @@ pub(super) async fn pass(channel: &Channel, queue: &str) -> Result<(), Fault> {
     channel
         .basic_cancel(TAG.into(), BasicCancelOptions::default())
         .await?;
+    Ok(())
+}
+
+/// How many messages are ready in a queue that is there.
+pub(super) async fn ready(channel: &Channel, queue: &str) -> Result<u64, Fault> {
+    let options = QueueDeclareOptions {
+        passive: true,
+        ..QueueDeclareOptions::default()
+    };
+    let looked = channel
+        .queue_declare(queue.into(), options, FieldTable::default())
+        .await?;
+    Ok(u64::from(looked.message_count()))
+}
+
+/// Returns when so many are ready: what this channel gave back, and nobody else takes.
+pub(super) async fn until_ready(channel: &Channel, queue: &str, most: u64) -> Result<(), Fault> {
+    while ready(channel, queue).await? < most {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     Ok(())
 }

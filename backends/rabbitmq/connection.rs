@@ -9,11 +9,7 @@ use std::{
     time::Duration,
 };
 
-use lapin::{
-    ExchangeKind,
-    options::ExchangeDeclareOptions,
-    types::FieldTable,
-};
+use lapin::{ExchangeKind, options::ExchangeDeclareOptions, types::FieldTable};
 use tokio::{sync::watch, time::Instant};
 use uuid::Uuid;
 
@@ -90,14 +86,18 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<C
             .filter(|time| time.subsec_nanos() == 0)
     };
     let heartbeat = url
-        .option("heartbeat", "whole seconds from 1s to 60s, such as 2s", |text| {
-            seconds(text).filter(|time| (1..=60).contains(&time.as_secs()))
-        })?
+        .option(
+            "heartbeat",
+            "whole seconds from 1s to 60s, such as 2s",
+            |text| seconds(text).filter(|time| (1..=60).contains(&time.as_secs())),
+        )?
         .unwrap_or(HEARTBEAT);
     let fresh = url
-        .option("fresh", "whole seconds up to 60s, such as 2s or 0s", |text| {
-            seconds(text).filter(|time| time.as_secs() <= 60)
-        })?
+        .option(
+            "fresh",
+            "whole seconds up to 60s, such as 2s or 0s",
+            |text| seconds(text).filter(|time| time.as_secs() <= 60),
+        )?
         .unwrap_or(FRESH);
     let port = if with_tls { 5671 } else { 5672 };
     let endpoint = Arc::new(Endpoint::of(url, port, with_tls)?);
@@ -128,7 +128,10 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<C
     let talk = core.talk.wire(deadline).await?;
     core.post.wire(deadline).await?;
     tokio::spawn(post(Arc::downgrade(&core)));
-    deadline.bound(exchanges(&talk)).await?.map_err(Fault::error)?;
+    deadline
+        .bound(exchanges(&talk))
+        .await?
+        .map_err(Fault::error)?;
     Ok(core)
 }
 
@@ -138,7 +141,10 @@ async fn post(core: Weak<Core>) {
         let Some(here) = core.upgrade() else { return };
         let outbox = Arc::clone(&here.outbox);
         let mut closed = here.closed.subscribe();
-        let look = here.post.wire(Deadline::after(Duration::from_secs(1))).await;
+        let look = here
+            .post
+            .wire(Deadline::after(Duration::from_secs(1)))
+            .await;
         drop(here);
         match look {
             Ok(wire) => outbox.serve(wire).await,
@@ -156,7 +162,10 @@ async fn post(core: Weak<Core>) {
 
 /// A guest may make neither, and need not: the control plane did.
 async fn exchanges(wire: &Wire) -> Result<(), Fault> {
-    for (name, kind) in [(EXCHANGE, ExchangeKind::Direct), (REPLIES, ExchangeKind::Topic)] {
+    for (name, kind) in [
+        (EXCHANGE, ExchangeKind::Direct),
+        (REPLIES, ExchangeKind::Topic),
+    ] {
         let channel = wire.scout().await?;
         let options = ExchangeDeclareOptions {
             durable: true,
@@ -191,7 +200,11 @@ impl Core {
 
     /// A name for a stored copy that no other copy has.
     pub(super) fn copy_name(&self) -> String {
-        format!("{}-{:x}", self.id, self.copies.fetch_add(1, Ordering::Relaxed))
+        format!(
+            "{}-{:x}",
+            self.id,
+            self.copies.fetch_add(1, Ordering::Relaxed)
+        )
     }
 
     /// Whether publishes are held up by an alarm of the broker.

@@ -8,8 +8,8 @@ use std::{
 };
 
 use super::{
-    connection::Core, fault::Fault, letter, letter::Death, lockqueue, no_queue, notes, post::Letter,
-    publish, shelf, topology,
+    connection::Core, fault::Fault, letter, letter::Death, lockqueue, no_queue, notes,
+    post::Letter, publish, shelf, topology,
 };
 use crate::{
     broker::{DeadLetter, DeadLetterKey},

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use lapin::{
     Channel,
-    options::{QueueDeleteOptions, QueueDeclareOptions},
+    options::{QueueDeclareOptions, QueueDeleteOptions},
     types::FieldTable,
 };
 

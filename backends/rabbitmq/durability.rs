@@ -10,8 +10,8 @@ use tokio::{
 use super::{BACKEND, connection::Core, index};
 use crate::{
     deadline::Deadline,
-    endpoint::Host,
     durability::{DurabilityReport, Finding, Level, Verdict},
+    endpoint::Host,
     error::Result,
 };
 
@@ -121,14 +121,18 @@ fn build(
         None,
         "the broker takes back what is unacked for this long (30 minutes unless it was changed), and \
          closes the consumer's channel: the delivery comes again, and its first ack fails",
-        Some("set consumer_timeout in rabbitmq.conf above the longest handler that is to keep its lease"),
+        Some(
+            "set consumer_timeout in rabbitmq.conf above the longest handler that is to keep its lease",
+        ),
     );
     say(
         "policies",
         None,
         "a policy can give a queue a time to live or a limit that drops messages: it cannot be seen over \
          AMQP",
-        Some("keep policies with message-ttl, expires, max-length or overflow off names that begin with wilco."),
+        Some(
+            "keep policies with message-ttl, expires, max-length or overflow off names that begin with wilco.",
+        ),
     );
     if let Some(queues) = queues {
         let many = queues > index::MANY;

@@ -284,9 +284,7 @@ async fn attach_over(
         Err(fault) if notes::is_gone(&fault) => return Err(no_queue().into()),
         Err(fault) => return Err(fault),
     };
-    let head_room = holder
-        .prefetch
-        .clamp(*HEAD_ROOM.start(), *HEAD_ROOM.end());
+    let head_room = holder.prefetch.clamp(*HEAD_ROOM.start(), *HEAD_ROOM.end());
     let mut station = Station {
         wire: Arc::clone(wire),
         channel,
@@ -321,8 +319,7 @@ impl GiveBack {
 
 impl Drop for GiveBack {
     fn drop(&mut self) {
-        if let (Some(name), Ok(runtime)) =
-            (self.name.take(), tokio::runtime::Handle::try_current())
+        if let (Some(name), Ok(runtime)) = (self.name.take(), tokio::runtime::Handle::try_current())
         {
             let wire = Arc::clone(&self.wire);
             runtime.spawn(async move {
@@ -432,8 +429,10 @@ impl Station {
 
     /// Takes what has come meanwhile, without waiting.
     fn drain(&mut self, holder: &Arc<Holder>) {
-        while let Some(Some(Ok(delivery))) =
-            self.main.as_mut().and_then(|main| main.next().now_or_never())
+        while let Some(Some(Ok(delivery))) = self
+            .main
+            .as_mut()
+            .and_then(|main| main.next().now_or_never())
         {
             self.received(holder, delivery);
         }
@@ -669,7 +668,10 @@ impl Station {
         let mut verdicts = listen(&channel, &tell).await?;
         // Told before the lane goes: whoever asks takes its end for an answer.
         let word = LetGo { tell: tell.clone() };
-        let word = back.answer(&holder.core, serde_json::to_vec(&word).unwrap_or_default().into());
+        let word = back.answer(
+            &holder.core,
+            serde_json::to_vec(&word).unwrap_or_default().into(),
+        );
         let patience = Deadline::after(holder.core.heartbeat);
         holder.core.outbox.publish(word, patience).await;
         let options = QueueDeleteOptions::default();
@@ -721,7 +723,10 @@ impl Station {
         let buffered: Vec<_> = state.buffer.drain(..).map(|item| item.tag).collect();
         drop(state);
         let delayed = std::mem::take(&mut self.delayed);
-        for tag in buffered.into_iter().chain(delayed.into_iter().map(|(_, tag)| tag)) {
+        for tag in buffered
+            .into_iter()
+            .chain(delayed.into_iter().map(|(_, tag)| tag))
+        {
             if let Some(out) = self.out.get(&tag) {
                 *uncounted.entry(out.key.clone()).or_default() += 1;
             }

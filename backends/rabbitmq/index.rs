@@ -9,13 +9,7 @@ use lapin::{
 };
 
 use super::{
-    connection::Core,
-    fault::Fault,
-    letter::text,
-    link::Wire,
-    lockqueue,
-    notes::put,
-    shelf,
+    connection::Core, fault::Fault, letter::text, link::Wire, lockqueue, notes::put, shelf,
 };
 use crate::{deadline::Deadline, names::QueueName};
 
@@ -77,11 +71,7 @@ pub(super) async fn names(core: &Arc<Core>, wire: &Wire) -> Result<BTreeSet<Queu
 }
 
 /// Removes every entry of this name.
-pub(super) async fn remove(
-    core: &Arc<Core>,
-    wire: &Wire,
-    queue: &QueueName,
-) -> Result<(), Fault> {
+pub(super) async fn remove(core: &Arc<Core>, wire: &Wire, queue: &QueueName) -> Result<(), Fault> {
     let reading = lockqueue::take(core, wire, LOCK.into()).await?;
     if let Some(shelf) = shelf::open(wire, INDEX, usize::MAX).await? {
         let ours = shelf

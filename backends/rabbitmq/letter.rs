@@ -52,7 +52,10 @@ pub(super) fn properties(message: &Message, key: &str, death: Option<&Death>) ->
     table.insert(KEY.into(), text(key));
     if let Some(death) = death {
         table.insert(REASON.into(), text(&death.reason));
-        table.insert(ATTEMPTS.into(), AMQPValue::LongLongInt(death.attempts.into()));
+        table.insert(
+            ATTEMPTS.into(),
+            AMQPValue::LongLongInt(death.attempts.into()),
+        );
     }
     BasicProperties::default()
         .with_message_id(message.id.as_str().into())
@@ -77,7 +80,9 @@ pub(super) fn message(properties: &BasicProperties, body: Vec<u8>) -> Message {
     let mut headers = Headers::new();
     let mut from = None;
     for (name, value) in properties.headers().iter().flat_map(|table| table.inner()) {
-        let Some(value) = as_text(value) else { continue };
+        let Some(value) = as_text(value) else {
+            continue;
+        };
         let name = match name.as_str() {
             FROM => {
                 from = value.parse::<QueueName>().ok();

@@ -308,15 +308,21 @@ async fn connect(
         },
         vhost: endpoint.path.clone().unwrap_or_else(|| "/".into()),
         query: AMQPQueryString {
-            heartbeat: Some(u16::try_from(heartbeat.as_secs()).unwrap_or(u16::MAX).max(1)),
+            heartbeat: Some(
+                u16::try_from(heartbeat.as_secs())
+                    .unwrap_or(u16::MAX)
+                    .max(1),
+            ),
             auth_mechanism: external.then_some(SASLMechanism::External),
             ..AMQPQueryString::default()
         },
     };
     let properties =
         ConnectionProperties::default().with_connection_name(format!("wilco {name}").into());
-    let tls = endpoint.tls.as_ref().map_or_else(OwnedTLSConfig::default, |tls| {
-        OwnedTLSConfig {
+    let tls = endpoint
+        .tls
+        .as_ref()
+        .map_or_else(OwnedTLSConfig::default, |tls| OwnedTLSConfig {
             identity: tls.identity.as_ref().map(|identity| OwnedIdentity::PKCS8 {
                 pem: identity.certificate.clone(),
                 key: identity.key.clone(),
@@ -325,8 +331,7 @@ async fn connect(
                 .authorities
                 .as_ref()
                 .map(|pem| String::from_utf8_lossy(pem).into_owned()),
-        }
-    });
+        });
     DefaultConnectionBuilder::new()?
         .with_uri(uri)
         .with_properties(properties)

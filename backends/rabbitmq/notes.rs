@@ -89,7 +89,10 @@ impl Notes {
 
     /// How many wait for their time.
     pub(super) fn waiting(&self) -> u64 {
-        self.due.values().filter(|due| !due.left().is_zero()).count() as u64
+        self.due
+            .values()
+            .filter(|due| !due.left().is_zero())
+            .count() as u64
     }
 }
 
@@ -191,6 +194,7 @@ impl Held {
 }
 
 async fn give_back(channel: &Channel, queue: &str, tags: Vec<u64>) -> Result<(), Fault> {
+    let wanted = barrier::ready(channel, queue).await? + tags.len() as u64;
     for tag in tags {
         let options = BasicNackOptions {
             requeue: true,
@@ -198,7 +202,7 @@ async fn give_back(channel: &Channel, queue: &str, tags: Vec<u64>) -> Result<(),
         };
         channel.basic_nack(tag, options).await?;
     }
-    barrier::pass(channel, queue).await
+    barrier::until_ready(channel, queue, wanted).await
 }
 
 /// Writes the register of a new queue.

@@ -15,8 +15,7 @@ use tokio::sync::oneshot;
 use super::{
     connection::{AGAIN, Core, EXCHANGE},
     fault::Fault,
-    late, letter,
-    lock, lockqueue, no_queue,
+    late, letter, lock, lockqueue, no_queue,
     post::{Answer, Letter, Ticket},
     status, topology,
 };
@@ -114,7 +113,10 @@ pub(super) async fn store(
             Answer::Refused if limit.is_none() => {
                 refusals = (refusals + 1).min(8);
                 let there = find(core, queue, deadline).await;
-                if there.map_err(|error| error.with_outcome(outcome))?.is_none() {
+                if there
+                    .map_err(|error| error.with_outcome(outcome))?
+                    .is_none()
+                {
                     return Err(no_queue().with_outcome(outcome));
                 }
                 let again = deadline.bound(tokio::time::sleep(AGAIN * refusals)).await;

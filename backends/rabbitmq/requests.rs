@@ -108,12 +108,9 @@ pub(super) struct Lane {
 
 impl Lane {
     pub(super) fn detach(&self) {
-        let _ = self.state.compare_exchange(
-            ATTACHED,
-            LEAVING,
-            Ordering::AcqRel,
-            Ordering::Acquire,
-        );
+        let _ = self
+            .state
+            .compare_exchange(ATTACHED, LEAVING, Ordering::AcqRel, Ordering::Acquire);
         self.leave.notify_one();
     }
 
@@ -212,7 +209,9 @@ async fn attend(
                 };
                 if over || lane.is_leaving() {
                     let options = QueueDeleteOptions::default();
-                    let _ = channel.queue_delete(lane.name.as_str().into(), options).await;
+                    let _ = channel
+                        .queue_delete(lane.name.as_str().into(), options)
+                        .await;
                     let _ = channel.close(200, "done".into()).await;
                     break;
                 }

@@ -17,8 +17,8 @@ use super::{
     dead,
     fault::Fault,
     hold::{Station, refuse},
-    lock,
     letter::Death,
+    lock,
     notes::Due,
     post::Answer,
 };
@@ -78,7 +78,12 @@ impl Station {
                     fates.insert(order.tag, (Fate::Removed, order.reply));
                 }
                 Settlement::Retry(_) if out.attempt >= self.limit => {
-                    burials.push((order.tag, limit_reason(self.limit), order.deadline, order.reply));
+                    burials.push((
+                        order.tag,
+                        limit_reason(self.limit),
+                        order.deadline,
+                        order.reply,
+                    ));
                 }
                 Settlement::Retry(Duration::ZERO) => {
                     fates.insert(order.tag, (Fate::Returned, order.reply));
@@ -102,13 +107,15 @@ impl Station {
         fates: &mut BTreeMap<u64, (Fate, Reply)>,
     ) {
         let (core, queue, limit, all) = (&holder.core, &holder.queue, self.limit, &self.out);
-        let stored = burials.into_iter().map(|(tag, reason, deadline, reply)| async move {
-            let out = all.get(&tag)?;
-            let attempts = out.attempt.min(limit);
-            let death = Death { reason, attempts };
-            let letter = dead::letter(queue, &out.message, &out.key, &death);
-            Some((tag, core.outbox.publish(letter, deadline).await, reply))
-        });
+        let stored = burials
+            .into_iter()
+            .map(|(tag, reason, deadline, reply)| async move {
+                let out = all.get(&tag)?;
+                let attempts = out.attempt.min(limit);
+                let death = Death { reason, attempts };
+                let letter = dead::letter(queue, &out.message, &out.key, &death);
+                Some((tag, core.outbox.publish(letter, deadline).await, reply))
+            });
         for (tag, answer, reply) in join_all(stored).await.into_iter().flatten() {
             match (answer, reply) {
                 (Answer::Stored, reply) => {
@@ -117,7 +124,9 @@ impl Station {
                 (answer, Some(reply)) => {
                     let error = Error::new(
                         ErrorKind::BrokerRefused,
-                        format!("the dead letter was not stored ({answer:?}): the message comes again"),
+                        format!(
+                            "the dead letter was not stored ({answer:?}): the message comes again"
+                        ),
                     );
                     // It stays leased: who is told drops it, and that gives it back.
                     let _ = reply.send(Err(error));
@@ -152,7 +161,10 @@ impl Station {
         };
         for (tag, delay, _) in &delays {
             if let Some(out) = self.out.get(tag) {
-                register.notes.due.insert(out.key.clone(), Due::after(*delay));
+                register
+                    .notes
+                    .due
+                    .insert(out.key.clone(), Due::after(*delay));
                 let until = Deadline::after(*delay).instant() + Duration::from_millis(1);
                 self.not_before.insert(out.key.clone(), until);
             }
@@ -225,6 +237,12 @@ impl Station {
         tags: &BTreeSet<u64>,
     ) -> Result<(), Fault> {
         let tags: Vec<u64> = tags.iter().copied().collect();
+        if tags.is_empty() {
+            return Ok(());
+        }
+        let queue = holder.queue.as_str();
+        // Nobody takes any: this consumer has been cancelled, and has the lock still.
+        let wanted = barrier::ready(&self.channel, queue).await? + tags.len() as u64;
         for some in tags.chunks(MOST_FRAMES) {
             for tag in some {
                 self.return_one(*tag).await?;
@@ -234,7 +252,7 @@ impl Station {
                 self.out.remove(tag);
             }
         }
-        Ok(())
+        barrier::until_ready(&self.channel, queue, wanted).await
     }
 
     fn told(&mut self, holder: &Arc<Holder>, done: Vec<(u64, Fate, Reply)>) {

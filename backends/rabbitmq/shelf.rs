@@ -45,9 +45,7 @@ pub(super) async fn open(wire: &Wire, queue: &str, most: usize) -> Result<Option
     let mut entries = Vec::with_capacity(wanted);
     if wanted > 0 {
         let room = u16::try_from(wanted).unwrap_or(u16::MAX);
-        channel
-            .basic_qos(room, BasicQosOptions::default())
-            .await?;
+        channel.basic_qos(room, BasicQosOptions::default()).await?;
         let mut consumer = channel
             .basic_consume(
                 queue.into(),
@@ -76,6 +74,13 @@ pub(super) async fn open(wire: &Wire, queue: &str, most: usize) -> Result<Option
 impl Shelf {
     /// Removes those of these delivery tags, and gives the others back. Returns when others see both.
     pub(super) async fn close(self, remove: &BTreeSet<u64>) -> Result<(), Fault> {
+        let kept = self.entries.len()
+            - self
+                .entries
+                .iter()
+                .filter(|entry| remove.contains(&entry.delivery_tag))
+                .count();
+        let before = barrier::ready(&self.channel, &self.queue).await?;
         let mut run = 0;
         let mut frames = 0;
         let mut tags = Vec::with_capacity(self.entries.len());
@@ -109,6 +114,7 @@ impl Shelf {
         if frames > 0 {
             barrier::pass(&self.channel, &self.queue).await?;
         }
+        barrier::until_ready(&self.channel, &self.queue, before + kept as u64).await?;
         Ok(self.channel.close(200, "done".into()).await?)
     }
 }

@@ -15,12 +15,7 @@ use super::{
     link::Wire,
     no_queue, notes, topology,
 };
-use crate::{
-    broker::QueueStatus,
-    deadline::Deadline,
-    error::Result,
-    names::QueueName,
-};
+use crate::{broker::QueueStatus, deadline::Deadline, error::Result, names::QueueName};
 
 /// How many queues of a list are counted at once.
 const AT_ONCE: usize = 16;

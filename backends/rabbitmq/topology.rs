@@ -80,7 +80,10 @@ pub(super) async fn counts(wire: &Wire, queue: &QueueName) -> Result<Option<Coun
 fn arguments(delivery_limit: i64, max_length: Option<i64>, queue: &QueueName) -> FieldTable {
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), text("quorum"));
-    arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(delivery_limit));
+    arguments.insert(
+        "x-delivery-limit".into(),
+        AMQPValue::LongLongInt(delivery_limit),
+    );
     arguments.insert("x-overflow".into(), text("reject-publish"));
     arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
     // For those who reject without us: a message that is rejected is a dead letter, never dropped.
@@ -98,7 +101,11 @@ fn limit_argument(limit: NonZeroU32) -> i64 {
 }
 
 fn length_argument(most: Option<u64>) -> Option<i64> {
-    most.map(|most| i64::try_from(most).unwrap_or(i64::MAX / 2).saturating_add(LENGTH_BASE))
+    most.map(|most| {
+        i64::try_from(most)
+            .unwrap_or(i64::MAX / 2)
+            .saturating_add(LENGTH_BASE)
+    })
 }
 
 /// How a queue that is there was made.
@@ -153,7 +160,9 @@ pub(super) async fn probe(wire: &Wire, queue: &QueueName) -> Result<Option<Found
             None => return Ok(None),
         }
         if let (Some(limit), Some(length)) = (delivery_limit, max_length) {
-            let limit = u32::try_from(limit - LIMIT_BASE).ok().and_then(NonZeroU32::new);
+            let limit = u32::try_from(limit - LIMIT_BASE)
+                .ok()
+                .and_then(NonZeroU32::new);
             let length = length.map(|length| u64::try_from(length - LENGTH_BASE));
             let mut foreign = Vec::new();
             if limit.is_none() || length.is_some_and(|length| length.is_err()) {
@@ -166,7 +175,9 @@ pub(super) async fn probe(wire: &Wire, queue: &QueueName) -> Result<Option<Found
             }));
         }
     }
-    Err(Fault::Lost("the broker does not say what a queue is".into()))
+    Err(Fault::Lost(
+        "the broker does not say what a queue is".into(),
+    ))
 }
 
 /// The same, for a caller who does not know whether it is there.
@@ -334,8 +345,14 @@ mod tests {
         let value = format!("{text}the value '10' of type 'long'");
         let name = "x-max-length".to_owned();
         assert_eq!(read(&value), Some((name.clone(), "10".into())));
-        assert_eq!(read(&format!("{text}none")), Some((name.clone(), String::new())));
+        assert_eq!(
+            read(&format!("{text}none")),
+            Some((name.clone(), String::new()))
+        );
         assert_eq!(read(&format!("{text}'10'")), Some((name, "10".into())));
-        assert_eq!(read("PRECONDITION_FAILED - invalid arg 'x-max-length'"), None);
+        assert_eq!(
+            read("PRECONDITION_FAILED - invalid arg 'x-max-length'"),
+            None
+        );
     }
 }

@@ -63,7 +63,8 @@ impl Node {
         let program = program()?;
         let port = || free_port().map_err(|error| error.to_string());
         let (amqp, management, distribution, epmd) = (port()?, port()?, port()?, port()?);
-        let directory = TempDir::with_prefix("wilco-rabbitmq-").map_err(|error| error.to_string())?;
+        let directory =
+            TempDir::with_prefix("wilco-rabbitmq-").map_err(|error| error.to_string())?;
         let write = |name: &str, text: String| {
             std::fs::write(directory.path().join(name), text).map_err(|error| error.to_string())
         };
@@ -146,11 +147,9 @@ fn program() -> Result<String, String> {
         .flatten()
         .map(|entry| entry.path().join("sbin/rabbitmq-server"))
         .find(|path| path.exists());
-    found
-        .map(|path| path.display().to_string())
-        .ok_or_else(|| {
-            "there is no RabbitMQ in /usr/lib/rabbitmq: install Debian's package rabbitmq-server".into()
-        })
+    found.map(|path| path.display().to_string()).ok_or_else(|| {
+        "there is no RabbitMQ in /usr/lib/rabbitmq: install Debian's package rabbitmq-server".into()
+    })
 }
 
 /// The server and the name service that it needs are one process group. A watcher ends both when this
