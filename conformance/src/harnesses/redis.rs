@@ -207,20 +207,6 @@ impl Faults for RedisServer {
             .map(drop)
             .map_err(|error| Unavailable::because(format!("maxmemory cannot be set: {error}")))
     }
-
-    async fn alarm(&self, on: bool) -> Result<(), Unavailable> {
-        let most = if on { "1" } else { "0" };
-        let set = async {
-            let mut raw = Raw::connect(self.process.address()).await?;
-            raw.ask(&["CONFIG", "SET", "maxmemory", most]).await
-        };
-        match set.await {
-            Ok(answer) if answer == ["OK"] => Ok(()),
-            other => Err(Unavailable::because(format!(
-                "maxmemory is not set: {other:?}"
-            ))),
-        }
-    }
 }
 
 /// The server's protocol, as little of it as looking needs: no part of the backend under test.

@@ -1,13 +1,13 @@
 //! F9: a broker whose memory or disk has run out.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use wilco::{ErrorKind, Outcome};
 
 use super::{back, crew::note_publish, is_outage, until_ok};
 use crate::{
     check::{CheckResult, Cx},
-    ledger::{Event, History, Minimum},
+    ledger::{Event, Minimum},
     support::*,
     workload::{finish, verdict},
 };
