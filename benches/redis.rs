@@ -148,7 +148,14 @@ impl Server {
         let process = Command::new(program)
             .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--dir"])
             .arg(directory.path())
-            .args(["--save", "", "--appendonly", "yes", "--appendfsync", "always"])
+            .args([
+                "--save",
+                "",
+                "--appendonly",
+                "yes",
+                "--appendfsync",
+                "always",
+            ])
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
@@ -184,7 +191,10 @@ impl Server {
     }
 
     /// A connection and what is published on this channel.
-    async fn listen(&self, channel: &str) -> (MultiplexedConnection, mpsc::UnboundedReceiver<PushInfo>) {
+    async fn listen(
+        &self,
+        channel: &str,
+    ) -> (MultiplexedConnection, mpsc::UnboundedReceiver<PushInfo>) {
         let (pushes, pushed) = mpsc::unbounded_channel();
         let config = AsyncConnectionConfig::new()
             .set_response_timeout(None)
@@ -219,13 +229,22 @@ const KEY: &str = "bare";
 async fn fresh(raw: &mut MultiplexedConnection) {
     let _: Value = cmd("DEL").arg(KEY).query_async(raw).await.unwrap();
     let mut make = cmd("XGROUP");
-    make.arg("CREATE").arg(KEY).arg("g").arg("0").arg("MKSTREAM");
+    make.arg("CREATE")
+        .arg(KEY)
+        .arg("g")
+        .arg("0")
+        .arg("MKSTREAM");
     let _: Value = make.query_async(raw).await.unwrap();
 }
 
 async fn add(raw: &mut MultiplexedConnection, body: &[u8]) {
     let mut add = cmd("XADD");
-    add.arg(KEY).arg("*").arg("kind").arg("bench").arg("body").arg(body);
+    add.arg(KEY)
+        .arg("*")
+        .arg("kind")
+        .arg("bench")
+        .arg("body")
+        .arg(body);
     let _: Value = add.query_async(raw).await.unwrap();
 }
 
@@ -390,11 +409,14 @@ async fn bare_paced(server: &Server) -> Vec<Duration> {
 fn collect(answer: Value, ids: &mut Vec<Vec<u8>>, bodies: &mut Vec<Vec<u8>>) {
     let Value::Map(streams) = answer else { return };
     for (_, entries) in streams {
-        let Value::Array(entries) = entries else { continue };
+        let Value::Array(entries) = entries else {
+            continue;
+        };
         for entry in entries {
             let Value::Array(parts) = entry else { continue };
             let mut parts = parts.into_iter();
-            if let (Some(Value::BulkString(id)), Some(Value::Array(fields))) = (parts.next(), parts.next())
+            if let (Some(Value::BulkString(id)), Some(Value::Array(fields))) =
+                (parts.next(), parts.next())
                 && let Some(Value::BulkString(body)) = fields.into_iter().last()
             {
                 ids.push(id);
