@@ -6,7 +6,6 @@ use redis::{
     AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo, ProtocolVersion,
     RedisConnectionInfo, Value,
     aio::MultiplexedConnection,
-    cmd,
     io::tcp::{TcpSettings, socket2::TcpKeepalive},
 };
 use secrecy::{ExposeSecret as _, SecretString};
@@ -130,23 +129,36 @@ impl Dialer {
             .get_multiplexed_async_connection_with_config(&config)
             .await
             .map_err(|error| Failure::of(&error))?;
+        // All in one round trip: a far server is slow enough without more.
+        let mut setup = redis::pipe();
+        setup.cmd("ROLE");
+        scripts::load(&mut setup);
+        if listens {
+            setup.cmd("SUBSCRIBE").arg(reply_channel);
+        }
+        let answers = all(&mut connection, &setup).await?;
+        let mut answers = answers.into_iter();
         // A user may not be allowed to ask; a replica refuses the first write then.
-        if let Ok(Value::Array(role)) = connection.send_packed_command(&cmd("ROLE")).await
+        if let Some(Value::Array(role)) = answers.next()
             && let Some(role) = role.into_iter().next().and_then(text)
             && role != "master"
         {
             return Err(Failure::Broken(format!("it is no master but a {role}")));
         }
-        for load in scripts::load() {
-            answered(connection.send_packed_command(&load).await)?;
-        }
-        if listens {
-            let mut subscribe = cmd("SUBSCRIBE");
-            subscribe.arg(reply_channel);
-            answered(connection.send_packed_command(&subscribe).await)?;
+        for answer in answers {
+            answered(Ok(answer))?;
         }
         Ok(connection)
     }
+}
+
+/// The answers to a pipeline, refusals among them.
+pub(super) async fn all(
+    connection: &mut MultiplexedConnection,
+    pipeline: &redis::Pipeline,
+) -> Result<Vec<Value>, Failure> {
+    let sent = connection.send_packed_commands(pipeline, 0, pipeline.len());
+    sent.await.map_err(|error| Failure::of(&error))
 }
 
 /// An answer that is no refusal.

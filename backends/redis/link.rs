@@ -23,7 +23,7 @@ use tokio::{
 
 use super::{
     closed,
-    dial::{Dialer, answered},
+    dial::{Dialer, all, answered},
     failure::Failure,
     router::Router,
     scripts,
@@ -196,8 +196,13 @@ impl Live {
         let _underway = Underway::of(&self.underway, bytes);
         match self.once(call).await {
             Err(failure) if failure.is_code("NOSCRIPT") => {
-                for load in scripts::load() {
-                    self.once(&load).await?;
+                let mut scripts = redis::pipe();
+                scripts::load(&mut scripts);
+                let mut connection = self.connection.clone();
+                let mut lost = self.lost.clone();
+                tokio::select! {
+                    loaded = all(&mut connection, &scripts) => drop(loaded?),
+                    _ = lost.wait_for(|lost| *lost) => return Err(Failure::Broken("it fell silent".into())),
                 }
                 self.once(call).await
             }

@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use redis::{Cmd, Script, cmd};
+use redis::{Cmd, Pipeline, Script, cmd};
 
 use crate::names::QueueName;
 
@@ -11,16 +11,12 @@ macro_rules! scripts {
         $(pub(super) static $name: LazyLock<Script> =
             LazyLock::new(|| Script::new(concat!($(include_str!(concat!("lua/", $file, ".lua"))),+)));)*
 
-        /// Every script, as the commands that bring it to a server.
-        pub(super) fn load() -> Vec<Cmd> {
-            [$(concat!($(include_str!(concat!("lua/", $file, ".lua"))),+)),*]
-                .into_iter()
-                .map(|code| {
-                    let mut load = cmd("SCRIPT");
-                    load.arg("LOAD").arg(code);
-                    load
-                })
-                .collect()
+        /// Brings every script to a server, in one round trip behind what is in the pipeline already.
+        pub(super) fn load(pipeline: &mut Pipeline) {
+            $(pipeline
+                .cmd("SCRIPT")
+                .arg("LOAD")
+                .arg(concat!($(include_str!(concat!("lua/", $file, ".lua"))),+));)*
         }
     };
 }

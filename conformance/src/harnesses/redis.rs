@@ -196,16 +196,18 @@ impl Faults for RedisServer {
         format!("redis://{proxy}/0")
     }
 
-    /// Out of memory: one byte is all that it may use.
     async fn alarm(&self, on: bool) -> Result<(), Unavailable> {
         let most = if on { "1" } else { "0" };
         let set = async {
             let mut raw = Raw::connect(self.process.address()).await?;
             raw.ask(&["CONFIG", "SET", "maxmemory", most]).await
         };
-        set.await
-            .map(drop)
-            .map_err(|error| Unavailable::because(format!("maxmemory cannot be set: {error}")))
+        match set.await {
+            Ok(answer) if answer == ["OK"] => Ok(()),
+            other => Err(Unavailable::because(format!(
+                "maxmemory is not set: {other:?}"
+            ))),
+        }
     }
 }
 
