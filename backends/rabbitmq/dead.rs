@@ -54,17 +54,18 @@ pub(super) async fn dead_letters(
                 return Ok(Vec::new());
             }
             let reading = lockqueue::take(&core, &wire, notes::reader_of(&queue)).await?;
-            let most = match after {
-                None => limit,
-                Some(_) => usize::MAX,
-            };
-            let shelf = shelf::open(&wire, &dead_of(&queue), most)
+            let shelf = shelf::open(&wire, &dead_of(&queue), usize::MAX)
                 .await?
                 .ok_or_else(|| Fault::from(no_queue()))?;
             let mut seen = HashSet::new();
             let mut letters = Vec::new();
             let mut begun = after.is_none();
-            for entry in &shelf.entries {
+            let mut entries = Vec::with_capacity(shelf.entries.len());
+            for (place, entry) in shelf.entries.iter().enumerate() {
+                entries.push((letter::died(&entry.properties), place, entry));
+            }
+            entries.sort_by_key(|(died, place, _)| (*died, *place));
+            for (_, _, entry) in entries {
                 let key = letter::key(&entry.properties);
                 if !seen.insert(key.clone()) {
                     continue;

@@ -10,7 +10,12 @@
 //! | body | the body |
 //! | | property `delivery-mode` 2 |
 //! | | header `wilco-key`: a name for this stored copy that no other copy has |
-//! | of a dead letter | headers `wilco-reason` (long string), `wilco-attempts` (long) |
+//! | of a dead letter | headers `wilco-reason` (long string), `wilco-attempts` (long), `wilco-died` (long): microseconds since 1970 |
+
+use std::{
+    sync::atomic::{AtomicI64, Ordering},
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use bytes::Bytes;
 use lapin::{
@@ -26,6 +31,7 @@ use crate::{
 pub(super) const KEY: &str = "wilco-key";
 const FROM: &str = "wilco-from";
 const REASON: &str = "wilco-reason";
+const DIED: &str = "wilco-died";
 const ATTEMPTS: &str = "wilco-attempts";
 const ESCAPE: &str = "wilco-h-";
 
@@ -51,6 +57,7 @@ pub(super) fn properties(message: &Message, key: &str, death: Option<&Death>) ->
     }
     table.insert(KEY.into(), text(key));
     if let Some(death) = death {
+        table.insert(DIED.into(), AMQPValue::LongLongInt(moment()));
         table.insert(REASON.into(), text(&death.reason));
         table.insert(
             ATTEMPTS.into(),
@@ -132,6 +139,25 @@ pub(super) fn death(properties: &BasicProperties) -> Death {
             .unwrap_or_else(|| "unknown".into()),
         attempts: u32::try_from(attempts).unwrap_or(u32::MAX),
     }
+}
+
+/// When a dead letter died: their order, which the broker does not keep for those that were read.
+pub(super) fn died(properties: &BasicProperties) -> i64 {
+    number(properties, DIED).unwrap_or(0)
+}
+
+/// Microseconds since 1970, later each time in this process.
+fn moment() -> i64 {
+    static LAST: AtomicI64 = AtomicI64::new(0);
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let now = i64::try_from(now.as_micros()).unwrap_or(i64::MAX / 2);
+    let last = LAST.fetch_max(now, Ordering::AcqRel);
+    if now > last {
+        return now;
+    }
+    LAST.fetch_add(1, Ordering::AcqRel) + 1
 }
 
 /// How often the broker took the message back.

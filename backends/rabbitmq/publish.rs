@@ -84,7 +84,7 @@ pub(super) async fn store(
     }
     // Whether an earlier copy may be there: then no later refusal says that none is.
     let mut outcome = Outcome::NotStored;
-    let mut refusals = 0;
+    let (mut refusals, mut waits) = (0, 0);
     loop {
         let limit = core.gates.limit(queue);
         let answer = match limit {
@@ -97,15 +97,21 @@ pub(super) async fn store(
         match answer {
             Answer::Stored => return Ok(()),
             Answer::Returned => {
-                let there = find(core, queue, deadline).await;
+                // Who has looked once what the queue is like needs only to know that it is there.
+                let there = if waits == 0 {
+                    find(core, queue, deadline).await
+                } else {
+                    exists(core, queue, limit, deadline).await
+                };
                 match there.map_err(|error| error.with_outcome(outcome))? {
                     None => return Err(no_queue().with_outcome(outcome)),
-                    Some(found) if found.max_messages == limit => {
+                    Some(found) if found == limit => {
                         // Its binding is not there: it is being deleted, or made, at this moment.
-                        let again = deadline.bound(tokio::time::sleep(AGAIN)).await;
+                        waits = (waits + 1).min(25);
+                        let again = deadline.bound(tokio::time::sleep(AGAIN * waits)).await;
                         again.map_err(|error| error.with_outcome(outcome))?;
                     }
-                    Some(found) => core.gates.learn(queue, found.max_messages),
+                    Some(found) => core.gates.learn(queue, found),
                 }
             }
             // Without a limit nothing is refused for being too much: the queue has no leader for a moment,
@@ -152,16 +158,34 @@ fn copy(core: &Core, queue: &QueueName, limit: Option<u64>, message: &Message) -
     }
 }
 
-/// Whether the queue is there after all, and with which limit. Many who ask at once share one look.
+/// Whether the queue is there after all, and with which limit.
 async fn find(
     core: &Arc<Core>,
     queue: &QueueName,
     deadline: Deadline,
-) -> Result<Option<topology::Found>> {
+) -> Result<Option<Option<u64>>> {
     let name = queue.clone();
     core.run(deadline, move |_, wire| {
         let name = name.clone();
-        async move { topology::probe_there(&wire, &name).await }
+        async move {
+            let found = topology::probe_there(&wire, &name).await?;
+            Ok(found.map(|found| found.max_messages))
+        }
+    })
+    .await
+}
+
+/// The same, for one that was found with this limit already.
+async fn exists(
+    core: &Arc<Core>,
+    queue: &QueueName,
+    limit: Option<u64>,
+    deadline: Deadline,
+) -> Result<Option<Option<u64>>> {
+    let name = queue.clone();
+    core.run(deadline, move |_, wire| {
+        let name = name.clone();
+        async move { Ok(topology::counts(&wire, &name).await?.map(|_| limit)) }
     })
     .await
 }
