@@ -26,6 +26,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// | scheme | option | value |
 /// | --- | --- | --- |
 /// | `sqlite` | `sync` | `full` (the default): synced to disk before Ok, survives a power cut. `normal`, `off`: survives a kill of the process alone |
+/// | `nats`, `tls` | `takeover` | seconds, 2 to 300 (4 is the default): how soon a consumer or a server that says nothing is given up. All that use one queue give the same |
+/// | | `replicas` | `1`, `3` or `5`: how many servers of a cluster hold each queue |
+/// | | `assume_sync_always` | `true`: you vouch for `sync_interval: always` on every server; better is the tag `sync:always`, which is read |
 /// | `amqps`, `tls`, `rediss` | `ca` | a PEM file: trust these authorities and no others |
 /// | | `cert`, `key` | PEM files: a client's certificate and its key |
 #[derive(Clone)]
