@@ -47,8 +47,6 @@ pub(crate) enum Event {
     GiveUp(Reason),
     /// The guest was asked not to start prepare, and had started it.
     TooLate,
-    /// Prepare was confirmed, and its queue is empty before it is deleted.
-    Taken,
     /// Time passed.
     Tick,
     /// The queue and what was in it are gone for good.
@@ -206,11 +204,6 @@ pub(crate) fn apply(record: &mut Record, event: Event, now_ms: u64) -> bool {
             State::Revoking => too_late(record, now_ms),
             _ => false,
         },
-        Event::Taken => {
-            let news = !record.taken && record.state == State::Revoking;
-            record.taken |= news;
-            news
-        }
         Event::Tick => tick(record, now_ms),
         Event::Fenced {
             arbitrated,
@@ -310,10 +303,7 @@ fn fenced(record: &mut Record, arbitrated: bool, discarded: u32, now_ms: u64) ->
         Sent::Maybe => record.accepted || record.boot.is_some(),
         // It had been there, and was not any more: a guest that nobody heard of yet has acked it.
         Sent::Confirmed => {
-            record.accepted
-                || record.boot.is_some()
-                || record.taken
-                || (arbitrated && discarded == 0)
+            record.accepted || record.boot.is_some() || (arbitrated && discarded == 0)
         }
     };
     // A copy that came back proves nothing while another may have been acked (cases W14, W19, W24).
@@ -588,19 +578,6 @@ mod tests {
         let mut record = revoking.clone();
         apply(&mut record, fenced_with(0), 2);
         assert_eq!((record.state, record.accepted), (State::Planned, true));
-        // The same if the answer of the delete was lost in a crash: it is looked for before.
-        let mut record = revoking.clone();
-        assert!(apply(&mut record, Event::Taken, 2));
-        assert!(!apply(&mut record, Event::Taken, 2));
-        let unknown = Event::Fenced {
-            arbitrated: false,
-            discarded: 0,
-        };
-        apply(&mut record, unknown.clone(), 3);
-        assert_eq!((record.state, record.accepted), (State::Planned, true));
-        let mut record = revoking.clone();
-        apply(&mut record, unknown, 3);
-        assert_eq!(record.state, State::NotDelivered);
         // W33: what the broker refused to store was not delivered.
         let events = [Event::Declared, Event::NotStored, cancel(), fenced_with(0)];
         let record = after_events(SendPolicy::EnqueueFirst, events.map(|event| (event, 1)));
@@ -671,7 +648,6 @@ mod tests {
             1 => Just(Event::QueueGone),
             1 => Just(cancel()),
             1 => Just(Event::TooLate),
-            1 => Just(Event::Taken),
             3 => Just(Event::Tick),
             1 => Just(Event::SendAgain),
             1 => Just(Event::AlreadyThere),

@@ -40,10 +40,6 @@ pub struct Record {
     /// How many copies of prepare may have been stored so far: each publish can add one.
     #[serde(default)]
     pub copies: u32,
-    /// Prepare was confirmed and not in its queue any more when that was about to be deleted: a guest
-    /// that nobody heard of may have acked it.
-    #[serde(default)]
-    pub taken: bool,
     /// The guest said that it accepted prepare.
     pub accepted: bool,
     /// The last start of the guest's agent that was seen.
@@ -83,7 +79,6 @@ impl Record {
             revoking: None,
             sent: Sent::Never,
             copies: 0,
-            taken: false,
             accepted: false,
             boot: None,
             trouble: None,

@@ -913,45 +913,6 @@ async fn w37_a_guest_that_accepted_before_the_fence_lives_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn w37_a_guest_that_acked_unheard_of_is_not_forgotten_with_the_answer_of_the_delete() {
-    let mut world = World::new().await;
-    let provision = world.taskmanager.provision("vm", ());
-    let provision = provision.policy(SendPolicy::EnqueueFirst);
-    provision.start().await.unwrap();
-    world.until(State::Sent).await;
-    let queue = GuestAddress::from(id("vm")).queue();
-    let options = broker::ConsumeOptions::default();
-    let consume = world.broker.consume(&queue, options, within());
-    let delivery = consume.await.unwrap().next().await.unwrap();
-    delivery.ack(within()).await.unwrap();
-    let mut saved = world.taskmanager.watch();
-    let cancelled = world.taskmanager.cancel(&id("vm")).await.unwrap();
-    assert_eq!(cancelled, Cancelled::TooLate);
-    // Killed as the queue was gone, and before that was written down: this was the last save.
-    let mut last = None;
-    while let Ok(record) = saved.try_recv() {
-        if record.state == State::Revoking {
-            last = Some(record);
-        }
-    }
-    let mut last = Record::clone(&last.unwrap());
-    world.taskmanager.close();
-    match world
-        .broker
-        .delete(&queue, DeleteMode::Discard, within())
-        .await
-    {
-        Err(error) if *error.kind() != ErrorKind::NoQueue => panic!("{error}"),
-        _ => {}
-    }
-    world.records = MemoryRecords::default();
-    last.revision = 1;
-    world.records.save(&last).await.unwrap();
-    world.taskmanager = resumed(&world).await;
-    world.until(State::Running).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn w15_silence_is_counted_from_when_somebody_listens() {
     let mut world = World::new().await;
     world.taskmanager.provision("vm", ()).start().await.unwrap();

@@ -304,9 +304,6 @@ impl Driver {
                 Ok(_) | Err(_) => {}
             }
         }
-        if let Err(error) = self.look_before_delete().await? {
-            return self.revoking_failed(error).await;
-        }
         let event = match self.inner.take_queue(&self.record.address).await {
             Ok(_) if withdrawn => Event::Command(CommandState::Withdrawn, None),
             Ok(taken) => {
@@ -324,28 +321,6 @@ impl Driver {
             self.inner.dismiss(self.record.address.clone());
         }
         Ok(())
-    }
-
-    /// Whether somebody has acked prepare is the broker's word as it deletes the queue. It is said once, and
-    /// a crash can lose it: so what can be seen before is written down before.
-    async fn look_before_delete(&mut self) -> Result<Result<()>> {
-        let record = &self.record;
-        if record.sent != Sent::Confirmed
-            || record.accepted
-            || record.boot.is_some()
-            || record.taken
-        {
-            return Ok(Ok(()));
-        }
-        let (queue, deadline) = (record.address.queue(), Deadline::after(OPERATION));
-        match self.inner.broker.status(&queue, deadline).await {
-            Ok(status) if status.ready + status.delayed + status.in_flight == 0 => {
-                self.learn(Event::Taken).await?;
-            }
-            Err(error) if *error.kind() != ErrorKind::NoQueue => return Ok(Err(error)),
-            Ok(_) | Err(_) => {}
-        }
-        Ok(Ok(()))
     }
 
     async fn revoking_failed(&mut self, error: Error) -> Result<()> {
