@@ -1,5 +1,6 @@
 //! The taskmanager: provisions guests, and holds each to exactly one recorded outcome.
 
+pub(crate) mod answers;
 mod driver;
 mod handle;
 mod provision;
