@@ -19,7 +19,7 @@ use crate::{
         taskmanager::{
             Cancelled, HostState, Inner, OPERATION, Progress,
             answers::{self, Look, Looked, Pinged, Withdrew},
-            lock,
+            lock, may_serve,
         },
     },
 };
@@ -113,7 +113,14 @@ impl Driver {
                 Todo::Publish => self.publish().await?,
                 Todo::Watch => self.watch().await?,
                 Todo::Revoke => self.revoke().await?,
-                Todo::Nothing => return Ok(()),
+                Todo::Nothing => {
+                    // However it came to its end: nothing is left of a machine that is not to go on (law
+                    // Q7). Not before: one that goes on to its outcome has to live for it (case W37).
+                    if !may_serve(&self.record) {
+                        self.inner.fence_later(self.record.address.clone());
+                    }
+                    return Ok(());
+                }
             }
             if self.record.state != state {
                 self.backoff = fast_backoff();
@@ -227,15 +234,7 @@ impl Driver {
         if answers::has_to_be_withdrawn(&self.record) {
             let asker = self.inner.asker(&self.record.address);
             match answers::withdrew(asker.withdraw(&command, PING).await) {
-                Withdrew::Learnt(event) => {
-                    let too_late = matches!(event, Event::TooLate);
-                    self.learn(event).await?;
-                    if too_late && self.record.state == State::Failed {
-                        // The outcome stands; the machine is not to go on.
-                        self.inner.fence_later(self.record.address.clone());
-                    }
-                    return Ok(());
-                }
+                Withdrew::Learnt(event) => return self.learn(event).await,
                 Withdrew::Fence {
                     withdrawn: by_guest,
                 } => withdrawn = by_guest,
@@ -246,12 +245,7 @@ impl Driver {
             Err(error) => return self.revoking_failed(error).await,
         };
         self.learn(answers::fenced(&command, withdrawn, taken))
-            .await?;
-        if self.record.state.is_terminal() {
-            // Not before: a guest that goes on to its outcome has to live for it (case W37).
-            self.inner.dismiss(self.record.address.clone());
-        }
-        Ok(())
+            .await
     }
 
     async fn revoking_failed(&mut self, error: Error) -> Result<()> {
@@ -264,9 +258,7 @@ impl Driver {
                     arbitrated: false,
                     discarded: 0,
                 };
-                self.learn(nothing).await?;
-                self.inner.fence_later(self.record.address.clone());
-                return Ok(());
+                return self.learn(nothing).await;
             }
             self.tell.send_modify(|progress| progress.stuck = true);
         }
