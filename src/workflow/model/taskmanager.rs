@@ -272,10 +272,7 @@ impl Steps<'_> {
             if answer != Answer::Lost || !deleting || !never_sent {
                 return Err(NotHere);
             }
-            events = vec![Event::Fenced {
-                arbitrated: false,
-                discarded: 0,
-            }];
+            events = vec![Event::Fenced { discarded: 0 }];
         }
         self.driver()?.at = next;
         for event in events {
@@ -422,14 +419,7 @@ impl Steps<'_> {
 
     fn sabotaged(&self, event: Event, record: &Rec) -> Event {
         match (self.sabotage, event) {
-            (
-                Some(Sabotage::OneCopyIsAll),
-                Event::Fenced {
-                    arbitrated,
-                    discarded: 1..,
-                },
-            ) => Event::Fenced {
-                arbitrated,
+            (Some(Sabotage::OneCopyIsAll), Event::Fenced { discarded: 1.. }) => Event::Fenced {
                 discarded: record.get().copies,
             },
             (Some(Sabotage::LostIsNotSentAgain), Event::Lost) => Event::SendConfirmed,

@@ -184,7 +184,6 @@ pub(crate) fn fenced(command: &CommandId, withdrawn: bool, taken: Option<Vec<Mes
     }
     let copies = taken.iter().flatten().filter(|id| *id == command).count();
     Event::Fenced {
-        arbitrated: taken.is_some(),
         discarded: u32::try_from(copies).unwrap_or(u32::MAX),
     }
 }

@@ -254,11 +254,7 @@ impl Driver {
             if self.record.sent == Sent::Never {
                 // It was never published, so nothing can run. What is left of its queue goes when the
                 // broker is back.
-                let nothing = Event::Fenced {
-                    arbitrated: false,
-                    discarded: 0,
-                };
-                return self.learn(nothing).await;
+                return self.learn(Event::Fenced { discarded: 0 }).await;
             }
             self.tell.send_modify(|progress| progress.stuck = true);
         }
