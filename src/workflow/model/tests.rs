@@ -1,17 +1,27 @@
 //! What was checked, and within which bounds.
 //!
-//! `WILCO_MODEL_BOUND=2` (or more) raises every bound that is at least 1 by so much less one: minutes to
-//! hours, and gigabytes.
+//! Breadth first, shortest histories first. A scenario that is not through after its time says so, and how
+//! deep it came: `WILCO_MODEL_SECONDS` gives each more (0: until it is through), `WILCO_MODEL_BOUND` (1
+//! unless told otherwise) allows more faults of each kind at once.
 
-use std::{collections::HashSet, sync::Mutex, time::Instant};
+#![allow(clippy::print_stdout, reason = "the bounds and counts are the result")]
+
+use std::{
+    collections::HashSet,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 
 use stateright::{Checker as _, HasDiscoveries, Model as _};
 
-use super::{Left, Workflow, property};
+use super::{Left, Sabotage, Workflow, property};
 use crate::workflow::{guest::Interrupted, record::SendPolicy};
 
-/// One guest, one control plane, one of each kind of fault.
-fn small() -> Workflow {
+/// How long a scenario may take unless told otherwise.
+const SECONDS: u64 = 8;
+
+/// One guest and one control plane, and nothing goes wrong but the time.
+fn calm() -> Workflow {
     Workflow {
         policies: vec![SendPolicy::PingFirst, SendPolicy::EnqueueFirst],
         interrupted: Interrupted::Fail,
@@ -27,83 +37,236 @@ fn small() -> Workflow {
     }
 }
 
+fn from_env(name: &str, otherwise: u64) -> u64 {
+    let text = std::env::var(name).ok();
+    text.map_or(otherwise, |text| text.parse().expect("a number"))
+}
+
+fn bound() -> u8 {
+    u8::try_from(from_env("WILCO_MODEL_BOUND", 1)).expect("a small number")
+}
+
+/// Every state within the bounds, or as many as the time allows.
 fn check(name: &str, workflow: Workflow) {
     let began = Instant::now();
+    let seconds = from_env("WILCO_MODEL_SECONDS", SECONDS);
     let left = workflow.left;
-    let mut builder = workflow
+    let mut checker = workflow
         .checker()
         .threads(1)
         .finish_when(HasDiscoveries::AnyFailures);
-    if let Some(limit) = std::env::var("LIMIT")
-        .ok()
-        .and_then(|limit| limit.parse().ok())
-    {
-        builder = builder.target_state_count(limit);
+    if seconds > 0 {
+        checker = checker.timeout(Duration::from_secs(seconds));
     }
-    let checked = builder.spawn_bfs().join();
+    let checked = checker.spawn_bfs().join();
+    let through = seconds == 0 || began.elapsed() < Duration::from_secs(seconds);
     println!(
-        "model {name}: {} states, {} steps, depth {}, {:.1?}; bounds {left:?}",
+        "model, {name}: {}; {} states, {} steps, depth {}, {:.1?}; {left:?}",
+        if through { "through" } else { "NOT THROUGH" },
         checked.unique_state_count(),
         checked.state_count(),
         checked.max_depth(),
         began.elapsed(),
     );
+    let mut violated = Vec::new();
     for (name, path) in checked.discoveries() {
-        let property = checked.model().property(name);
-        if property.expectation.discovery_is_failure() {
-            println!("VIOLATED {name}");
-            let world = path.last_state().clone();
-            for action in path.into_actions() {
-                println!("  {action:?}");
-            }
-            println!("  {world:#?}");
+        if checked
+            .model()
+            .property(name)
+            .expectation
+            .discovery_is_failure()
+        {
+            let end = format!("{:?}", path.last_state());
+            violated.push(format!("{name}: {:#?}\n{end}", path.into_actions()));
         }
     }
-    let found = checked.discoveries();
-    let failures = found.into_keys().filter(|name| {
-        let property = checked.model().property(name);
-        property.expectation.discovery_is_failure()
-    });
-    assert_eq!(failures.count(), 0);
+    assert!(violated.is_empty(), "{}", violated.join("\n"));
 }
 
 #[test]
-fn probe() {
-    let env = |name: &str| {
-        std::env::var(name)
-            .ok()
-            .and_then(|v| v.parse().ok())
-            .unwrap_or(0)
-    };
-    let mut workflow = small();
-    workflow.left = Left {
-        taskmanager_kills: env("TK"),
-        guest_kills: env("GK"),
-        network: env("NET"),
-        operator: env("OP"),
-        give_ups: env("GU"),
-    };
-    let skip = std::env::var("SKIP").unwrap_or_default();
-    for (letter, name) in [
-        ('1', property::ONE_OUTCOME),
-        ('2', property::ONE_RUN),
-        ('3', property::NOT_RUN),
-        ('4', property::RUN),
-        ('5', property::NO_LATE_START),
-        ('6', property::NEVER_STUCK),
-        ('7', property::NO_WAIT),
+fn nothing_but_time() {
+    let mut workflow = calm();
+    workflow.handler_may_fail = true;
+    check("nothing but time", workflow);
+}
+
+#[test]
+fn w19_w37_a_cancel_and_a_bad_network() {
+    let mut workflow = calm();
+    (workflow.left.network, workflow.left.give_ups) = (bound(), bound());
+    check("a cancel and a bad network", workflow);
+}
+
+#[test]
+fn w7_to_w15_kills_at_every_step() {
+    let mut workflow = calm();
+    (workflow.left.taskmanager_kills, workflow.left.guest_kills) = (bound(), bound());
+    workflow.left.give_ups = bound();
+    check("kills at every step, and a cancel", workflow);
+}
+
+#[test]
+fn w16_two_taskmanagers_on_one_record() {
+    let mut workflow = calm();
+    workflow.taskmanagers = 2;
+    workflow.left.give_ups = bound();
+    check("two taskmanagers, and a cancel", workflow);
+}
+
+#[test]
+fn w25_an_old_incarnation() {
+    let mut workflow = calm();
+    workflow.machines = 2;
+    workflow.left.give_ups = bound();
+    check("an old incarnation, and a cancel", workflow);
+}
+
+/// A broken workflow, or a broken broker, is found: by this property.
+fn finds(sabotage: Sabotage, left: Left, expected: &'static str) {
+    let mut workflow = calm();
+    workflow.sabotage = Some(sabotage);
+    workflow.left = left;
+    if sabotage == Sabotage::RevisionsAreNotChecked {
+        workflow.taskmanagers = 2;
+    }
+    for name in [
+        property::ONE_OUTCOME,
+        property::ONE_RUN,
+        property::NOT_RUN,
+        property::RUN,
+        property::NO_LATE_START,
+        property::NEVER_STUCK,
+        property::NO_WAIT,
     ] {
-        if skip.contains(letter) {
+        if name != expected {
             workflow.unchecked.push(name);
         }
     }
-    workflow.handler_may_fail = env("FAIL") > 0;
-    if env("AGAIN") > 0 {
-        workflow.interrupted = Interrupted::RunAgain;
+    let checked = workflow
+        .checker()
+        .threads(1)
+        .finish_when(HasDiscoveries::AnyFailures)
+        .timeout(Duration::from_secs(120))
+        .spawn_bfs()
+        .join();
+    let found = checked.discovery(expected).is_some();
+    println!(
+        "model, {sabotage:?}: found {found}, {} states",
+        checked.unique_state_count()
+    );
+    assert!(found, "{sabotage:?} is not found");
+}
+
+fn left(network: u8, guest_kills: u8, taskmanager_kills: u8, give_ups: u8) -> Left {
+    Left {
+        taskmanager_kills,
+        guest_kills,
+        network,
+        operator: 0,
+        give_ups,
     }
-    workflow.taskmanagers = env("TMS").max(1).into();
-    workflow.machines = env("MS").max(1).into();
-    workflow.most_copies = (env("COPIES").max(2)).into();
-    workflow.dedup = env("DEDUP") > 0;
-    check("probe", workflow);
+}
+
+#[test]
+fn a_start_without_a_confirmed_ack_is_found() {
+    finds(
+        Sabotage::StartWithoutAck,
+        left(0, 0, 0, 1),
+        property::NOT_RUN,
+    );
+}
+
+#[test]
+fn a_journal_that_is_not_asked_is_found() {
+    finds(
+        Sabotage::JournalIsNotAsked,
+        left(0, 0, 0, 0),
+        property::ONE_RUN,
+    );
+}
+
+#[test]
+fn a_journal_that_is_not_durable_is_found() {
+    finds(
+        Sabotage::JournalIsNotDurable,
+        left(0, 1, 0, 0),
+        property::ONE_RUN,
+    );
+}
+
+#[test]
+fn a_withdrawal_that_is_not_written_is_found() {
+    finds(
+        Sabotage::WithdrawalIsNotWritten,
+        left(0, 0, 0, 1),
+        property::NOT_RUN,
+    );
+}
+
+#[test]
+fn not_delivered_before_the_delete_was_answered_is_found() {
+    finds(
+        Sabotage::DeleteIsNotAwaited,
+        left(0, 0, 0, 1),
+        property::NOT_RUN,
+    );
+}
+
+#[test]
+fn one_copy_that_counts_as_all_is_found() {
+    finds(Sabotage::OneCopyIsAll, left(0, 0, 0, 1), property::NOT_RUN);
+}
+
+#[test]
+fn a_publish_that_is_not_counted_is_found() {
+    finds(
+        Sabotage::PublishIsNotCounted,
+        left(1, 0, 0, 1),
+        property::NOT_RUN,
+    );
+}
+
+#[test]
+fn an_outcome_told_before_it_is_saved_is_found() {
+    finds(
+        Sabotage::ToldBeforeSaved,
+        left(0, 0, 1, 1),
+        property::ONE_OUTCOME,
+    );
+}
+
+#[test]
+fn a_lost_prepare_that_is_not_sent_again_is_found() {
+    finds(
+        Sabotage::LostIsNotSentAgain,
+        left(1, 0, 0, 0),
+        property::NO_WAIT,
+    );
+}
+
+#[test]
+fn a_broker_that_confirms_an_ack_after_its_delete_is_found() {
+    finds(
+        Sabotage::AckAfterDeleteIsOk,
+        left(0, 0, 0, 1),
+        property::NOT_RUN,
+    );
+}
+
+#[test]
+fn a_broker_that_stores_one_publish_twice_is_found() {
+    finds(
+        Sabotage::OnePublishIsStoredTwice,
+        left(0, 0, 0, 1),
+        property::NOT_RUN,
+    );
+}
+
+#[test]
+fn saves_without_a_revision_are_found() {
+    finds(
+        Sabotage::RevisionsAreNotChecked,
+        left(0, 0, 0, 1),
+        property::ONE_OUTCOME,
+    );
 }
