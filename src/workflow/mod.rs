@@ -5,6 +5,8 @@ mod ask;
 mod guest;
 mod journal;
 mod machine;
+#[cfg(test)]
+mod model;
 mod record;
 mod records;
 #[cfg(feature = "sqlite")]

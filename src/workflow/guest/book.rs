@@ -58,6 +58,14 @@ pub(crate) enum Admission {
     Known,
 }
 
+impl Admission {
+    /// Whether to start it, now that its ack was confirmed, or was not. An ack that was not confirmed may
+    /// have been no ack at all: the command comes again, or was taken back.
+    pub(crate) fn may_start(&self, ack_confirmed: bool) -> bool {
+        ack_confirmed && matches!(self, Self::Run)
+    }
+}
+
 #[derive(Debug)]
 enum Op {
     Accept(Box<Command>, oneshot::Sender<Result<Admission>>),
@@ -77,30 +85,9 @@ impl Book {
     /// Reads the journal and starts the task.
     pub(crate) async fn open(journal: Arc<dyn Journal>) -> Result<Self> {
         let loaded = journal.load().await?;
-        let shared = Arc::new(Shared {
-            snapshot: Mutex::new(Snapshot {
-                phase: Phase::WaitingForQueue,
-                last_command: loaded.last().map(last_command),
-            }),
-            changes: watch::Sender::new(0),
-            dismissed: watch::Sender::new(false),
-            nudged: Notify::new(),
-        });
+        let keeper = Keeper::new(journal, loaded);
+        let shared = keeper.shared.clone();
         let (ops, inbox) = mpsc::channel(64);
-        let mut keeper = Keeper {
-            journal,
-            entries: HashMap::new(),
-            outbox: VecDeque::new(),
-            shared: shared.clone(),
-            finished: 0,
-        };
-        // What earlier processes left counts too: an agent that is started often must forget as well.
-        keeper.finished = loaded.iter().filter(|entry| entry.is_finished()).count();
-        for entry in loaded {
-            // Case W10: it ended, and nobody was told.
-            keeper.queue_receipt(&entry);
-            keeper.entries.insert(entry.command.clone(), entry);
-        }
         tokio::spawn(keeper.run(inbox));
         Ok(Self { ops, shared })
     }
@@ -197,16 +184,42 @@ impl Shared {
     }
 }
 
-/// The task's own state.
-struct Keeper {
+/// The task's own state. The model check runs it too, in a world of its own.
+pub(crate) struct Keeper {
     journal: Arc<dyn Journal>,
-    entries: HashMap<CommandId, Entry>,
-    outbox: VecDeque<(QueueName, ReportEvent)>,
+    pub(crate) entries: HashMap<CommandId, Entry>,
+    pub(crate) outbox: VecDeque<(QueueName, ReportEvent)>,
     shared: Arc<Shared>,
     finished: usize,
 }
 
 impl Keeper {
+    /// Goes on from what a journal holds.
+    pub(crate) fn new(journal: Arc<dyn Journal>, loaded: Vec<Entry>) -> Self {
+        let mut keeper = Self {
+            journal,
+            entries: HashMap::new(),
+            outbox: VecDeque::new(),
+            shared: Arc::new(Shared {
+                snapshot: Mutex::new(Snapshot {
+                    phase: Phase::WaitingForQueue,
+                    last_command: loaded.last().map(last_command),
+                }),
+                changes: watch::Sender::new(0),
+                dismissed: watch::Sender::new(false),
+                nudged: Notify::new(),
+            }),
+            // What earlier processes left counts too: an agent that is started often must forget as well.
+            finished: loaded.iter().filter(|entry| entry.is_finished()).count(),
+        };
+        for entry in loaded {
+            // Case W10: it ended, and nobody was told.
+            keeper.queue_receipt(&entry);
+            keeper.entries.insert(entry.command.clone(), entry);
+        }
+        keeper
+    }
+
     async fn run(mut self, mut inbox: mpsc::Receiver<Op>) {
         while let Some(op) = inbox.recv().await {
             // A question changes nothing: telling of it would wake the one who asked, to ask again.
@@ -236,7 +249,7 @@ impl Keeper {
         }
     }
 
-    async fn accept(&mut self, command: &Command) -> Result<Admission> {
+    pub(crate) async fn accept(&mut self, command: &Command) -> Result<Admission> {
         if let Some(entry) = self.entries.get(&command.command).cloned() {
             // Seen before (cases W8, W11): never run anew, but its sender is told again.
             return Ok(match entry.state {
@@ -289,7 +302,7 @@ impl Keeper {
         })
     }
 
-    async fn start(&mut self, command: &CommandId) -> Result<Option<Entry>> {
+    pub(crate) async fn start(&mut self, command: &CommandId) -> Result<Option<Entry>> {
         let Some(entry) = self.entries.get(command) else {
             return Ok(None);
         };
@@ -319,7 +332,11 @@ impl Keeper {
         Ok(())
     }
 
-    async fn finish(&mut self, command: &CommandId, result: CommandResult) -> Result<()> {
+    pub(crate) async fn finish(
+        &mut self,
+        command: &CommandId,
+        result: CommandResult,
+    ) -> Result<()> {
         let Some(entry) = self.entries.get(command) else {
             return Ok(());
         };
@@ -348,7 +365,7 @@ impl Keeper {
         }
     }
 
-    async fn withdraw(&mut self, command: CommandId) -> Result<CommandState> {
+    pub(crate) async fn withdraw(&mut self, command: CommandId) -> Result<CommandState> {
         let entry = match self.entries.get(&command) {
             None => Entry::withdrawn(command.clone()),
             Some(entry) if matches!(entry.state, EntryState::Accepted) => {
@@ -364,13 +381,13 @@ impl Keeper {
         Ok(self.state_of(&command))
     }
 
-    async fn dismiss(&mut self) -> Result<()> {
+    pub(crate) async fn dismiss(&mut self) -> Result<()> {
         self.journal.dismiss().await?;
         self.shared.dismissed.send_replace(true);
         Ok(())
     }
 
-    async fn reported(&mut self) -> Result<()> {
+    pub(crate) async fn reported(&mut self) -> Result<()> {
         let Some((queue, event)) = self.outbox.pop_front() else {
             return Ok(());
         };
@@ -389,7 +406,7 @@ impl Keeper {
         saved
     }
 
-    fn interrupted(&self) -> Vec<CommandId> {
+    pub(crate) fn interrupted(&self) -> Vec<CommandId> {
         let running = |entry: &&Entry| matches!(entry.state, EntryState::Running);
         self.entries
             .values()
@@ -398,7 +415,7 @@ impl Keeper {
             .collect()
     }
 
-    fn state_of(&self, command: &CommandId) -> CommandState {
+    pub(crate) fn state_of(&self, command: &CommandId) -> CommandState {
         self.entries
             .get(command)
             .map_or(CommandState::Unknown, Entry::command_state)

@@ -18,7 +18,6 @@ use crate::{
     workflow::{
         guest::{
             Guest, Served,
-            book::Admission,
             context::{Context, Interrupted},
         },
         is_set,
@@ -239,14 +238,10 @@ impl Guest {
                 return Ok(None);
             }
         };
-        if !settled(delivery.ack(within).await, &id) {
-            // Not acked as far as we know: it comes again, or was taken back. Nothing starts.
-            return Ok(None);
+        if admission.may_start(settled(delivery.ack(within).await, &id)) {
+            return self.start(id).await;
         }
-        match admission {
-            Admission::Run => self.start(id).await,
-            Admission::Known => Ok(None),
-        }
+        Ok(None)
     }
 
     /// Case W28: nothing in this message can be run. It is kept among the dead letters, and told.

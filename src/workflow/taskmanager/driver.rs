@@ -11,14 +11,18 @@ use crate::{
     backoff::Backoff,
     broker::{Broker, QueueSpec},
     deadline::Deadline,
-    error::{Error, ErrorKind, Outcome, Result},
+    error::{Error, ErrorKind, Result},
     message::CommandId,
     names::QueueName,
-    wire::{Command, CommandState, Phase, RemoteError, Report, ReportEvent},
+    wire::{Command, Report, ReportEvent},
     workflow::{
         machine::{self, Event, Todo},
         record::{ProvisionOutcome, Reason, ReasonKind, Record, Sent, State, Trouble, now_ms},
-        taskmanager::{Cancelled, HostState, Inner, OPERATION, Progress, lock},
+        taskmanager::{
+            Cancelled, HostState, Inner, OPERATION, Progress,
+            answers::{self, Look, Looked, Pinged, Withdrew},
+            lock, may_serve,
+        },
     },
 };
 
@@ -111,7 +115,14 @@ impl Driver {
                 Todo::Publish => self.publish().await?,
                 Todo::Watch => self.watch().await?,
                 Todo::Revoke => self.revoke().await?,
-                Todo::Nothing => return Ok(()),
+                Todo::Nothing => {
+                    // However it came to its end: nothing is left of a machine that is not to go on (law
+                    // Q7). Not before: one that goes on to its outcome has to live for it (case W37).
+                    if !may_serve(&self.record) {
+                        self.inner.fence_later(self.record.address.clone());
+                    }
+                    return Ok(());
+                }
             }
             if self.record.state != state {
                 self.backoff = fast_backoff();
@@ -121,26 +132,15 @@ impl Driver {
     }
 
     async fn declare(&mut self) -> Result<()> {
-        // A machine of an earlier incarnation may still be there (case W25): it loses its queue first.
-        // Any earlier one: the last may have been given up before it came to this.
-        let number = self.record.address.incarnation.get();
-        for earlier in (1..number).rev() {
-            let earlier = crate::Incarnation::new(earlier)?;
-            let earlier = crate::GuestAddress::new(self.record.address.guest.clone(), earlier);
+        for earlier in answers::earlier(&self.record.address)? {
             if let Err(error) = self.inner.fence(&earlier).await {
-                return self.trouble(error).await;
+                return self.trouble(Trouble::from(&error)).await;
             }
         }
         let spec = QueueSpec::new(self.record.address.queue());
-        match self
-            .inner
-            .broker
-            .declare(&spec, Deadline::after(OPERATION))
-            .await
-        {
-            Ok(_) => self.learn(Event::Declared).await,
-            Err(error) => self.trouble(error).await,
-        }
+        let deadline = Deadline::after(OPERATION);
+        let answer = self.inner.broker.declare(&spec, deadline).await;
+        self.take_in(answers::declared(answer)).await
     }
 
     async fn await_guest(&mut self) -> Result<()> {
@@ -149,22 +149,17 @@ impl Driver {
             signal = self.inbox.recv() => return self.handle(signal).await,
             pong = asker.ping(PING) => pong,
         };
-        match pong {
-            Ok(pong) if pong.phase == Phase::WaitingForQueue => {
-                // It will be attached in a moment, and say so; unless its queue was deleted meanwhile
-                // (case W23).
+        match answers::pinged(pong) {
+            Pinged::Learnt(event) => self.take_in(event).await,
+            Pinged::NotAttached => {
                 let queue = self.record.address.queue();
                 let deadline = Deadline::after(OPERATION);
-                match self.inner.broker.status(&queue, deadline).await {
-                    Err(error) if *error.kind() == ErrorKind::NoQueue => {
-                        self.learn(Event::QueueGone).await
-                    }
-                    Err(error) => self.trouble(error).await,
-                    Ok(_) => self.pause(Duration::from_millis(50)).await,
+                let status = self.inner.broker.status(&queue, deadline).await;
+                match answers::looked_for_queue(status) {
+                    Some(event) => self.take_in(event).await,
+                    None => self.pause(Duration::from_millis(50)).await,
                 }
             }
-            Ok(pong) => self.learn(Event::Pong(pong.boot)).await,
-            Err(error) => self.trouble(error).await,
         }
     }
 
@@ -184,32 +179,12 @@ impl Driver {
         );
         let deadline = Deadline::after(OPERATION);
         let queue = record.address.queue();
-        match self
-            .inner
-            .broker
-            .publish(&queue, command.to_message()?, deadline)
-            .await
-        {
-            Ok(receipt) if receipt.duplicate => self.learn(Event::AlreadyThere).await,
-            Ok(_) => self.learn(Event::SendConfirmed).await,
-            Err(error) if error.outcome() == Some(Outcome::NotStored) => {
-                self.learn(Event::NotStored).await?;
-                self.not_published(error).await
-            }
-            Err(error) => self.not_published(error).await,
+        let message = command.to_message()?;
+        let answer = self.inner.broker.publish(&queue, message, deadline).await;
+        for event in answers::published(answer) {
+            self.take_in(event).await?;
         }
-    }
-
-    async fn not_published(&mut self, error: Error) -> Result<()> {
-        match error.kind() {
-            ErrorKind::NoQueue => self.learn(Event::QueueGone).await,
-            ErrorKind::TooLarge { .. } => {
-                let reason = Reason::new(ReasonKind::Poison, error.to_string());
-                self.learn(Event::GiveUp(reason)).await
-            }
-            // Unknown or not stored: the same id again (case W19).
-            _ => self.trouble(error).await,
-        }
+        Ok(())
     }
 
     /// Waits for reports; now and then asks the guest, in case one was lost (cases W15, W21).
@@ -225,57 +200,27 @@ impl Driver {
             signal = self.inbox.recv() => return self.handle(signal).await,
             state = asker.status(&command, Duration::ZERO, PING) => state,
         };
-        match state {
-            Ok(CommandState::Unknown) if self.record.accepted => {
-                let lost = "the guest accepted prepare, and does not know of it any more: its journal was lost";
-                self.learn(Event::Refused(RemoteError::new("journal_lost", lost)))
-                    .await
-            }
-            Ok(state) => {
-                // It starts nothing before an ack is confirmed; one that it had no word of will not be.
-                let not_started = matches!(state, CommandState::Unknown | CommandState::Accepted);
-                self.learn(Event::Command(state, None)).await?;
-                if not_started {
-                    self.look_for_prepare(true).await
-                } else {
-                    Ok(())
-                }
-            }
-            Err(error) => {
-                self.learn(Event::Trouble(Trouble::from(&error))).await?;
-                self.look_for_prepare(false).await
-            }
+        let asked = answers::asked(&self.record, state);
+        self.learn(asked.event).await?;
+        match asked.look {
+            Some(look) => self.look_for_prepare(look).await,
+            None => Ok(()),
         }
     }
 
-    /// As far as is known the guest has not started prepare: it is in the queue, or among the dead
-    /// letters, or lost (cases W23, W24).
-    async fn look_for_prepare(&mut self, not_started: bool) -> Result<()> {
+    async fn look_for_prepare(&mut self, look: Look) -> Result<()> {
         let queue = self.record.address.queue();
         let deadline = Deadline::after(OPERATION);
-        let status = match self.inner.broker.status(&queue, deadline).await {
-            Ok(status) => status,
-            Err(error) if *error.kind() == ErrorKind::NoQueue => {
-                return self.learn(Event::QueueGone).await;
-            }
-            Err(error) => return self.trouble(error).await,
-        };
-        let may_have_started = self.record.accepted && !not_started;
-        if may_have_started || status.ready + status.delayed + status.in_flight > 0 {
-            return Ok(());
-        }
-        if status.dead > 0 {
-            let broker = self.inner.broker.as_ref();
-            match why_dead(broker, &queue, &self.record.command, deadline).await {
-                Ok(Some(reason)) => {
-                    let error = RemoteError::new("poison", reason);
-                    return self.learn(Event::Refused(error)).await;
-                }
-                Ok(None) => {}
-                Err(error) => return self.trouble(error).await,
+        let status = self.inner.broker.status(&queue, deadline).await;
+        match answers::looked(&self.record, look, status) {
+            Looked::Fine => Ok(()),
+            Looked::Learnt(event) => self.take_in(event).await,
+            Looked::MayBeDead => {
+                let broker = self.inner.broker.as_ref();
+                let reason = why_dead(broker, &queue, &self.record.command, deadline).await;
+                self.take_in(answers::read_dead_letters(reason)).await
             }
         }
-        self.learn(Event::Lost).await
     }
 
     /// Makes sure that no guest runs prepare from now on, or finds that one does.
@@ -285,42 +230,22 @@ impl Driver {
     /// and a guest starts nothing without a confirmed ack from a queue that it is attached to.
     async fn revoke(&mut self) -> Result<()> {
         let command = self.record.command.clone();
-        let asker = self.inner.asker(&self.record.address);
         let mut withdrawn = false;
-        if self.record.sent != Sent::Never {
-            match asker.withdraw(&command, PING).await {
-                Ok(CommandState::Withdrawn) => withdrawn = true,
-                Ok(state @ CommandState::Done(_)) => {
-                    return self.learn(Event::Command(state, None)).await;
-                }
-                Ok(CommandState::Running { .. }) => {
-                    self.learn(Event::TooLate).await?;
-                    if self.record.state == State::Failed {
-                        // The outcome stands; the machine is not to go on.
-                        self.inner.fence_later(self.record.address.clone());
-                    }
-                    return Ok(());
-                }
-                Ok(_) | Err(_) => {}
+        if answers::has_to_be_withdrawn(&self.record) {
+            let asker = self.inner.asker(&self.record.address);
+            match answers::withdrew(asker.withdraw(&command, PING).await) {
+                Withdrew::Learnt(event) => return self.learn(event).await,
+                Withdrew::Fence {
+                    withdrawn: by_guest,
+                } => withdrawn = by_guest,
             }
         }
-        let event = match self.inner.take_queue(&self.record.address).await {
-            Ok(_) if withdrawn => Event::Command(CommandState::Withdrawn, None),
-            Ok(taken) => {
-                let copies = taken.iter().flatten().filter(|id| **id == command).count();
-                Event::Fenced {
-                    arbitrated: taken.is_some(),
-                    discarded: u32::try_from(copies).unwrap_or(u32::MAX),
-                }
-            }
+        let taken = match self.inner.take_queue(&self.record.address).await {
+            Ok(taken) => taken,
             Err(error) => return self.revoking_failed(error).await,
         };
-        self.learn(event).await?;
-        if self.record.state.is_terminal() {
-            // Not before: a guest that goes on to its outcome has to live for it (case W37).
-            self.inner.dismiss(self.record.address.clone());
-        }
-        Ok(())
+        self.learn(answers::fenced(&command, withdrawn, taken))
+            .await
     }
 
     async fn revoking_failed(&mut self, error: Error) -> Result<()> {
@@ -329,23 +254,25 @@ impl Driver {
             if self.record.sent == Sent::Never {
                 // It was never published, so nothing can run. What is left of its queue goes when the
                 // broker is back.
-                let nothing = Event::Fenced {
-                    arbitrated: false,
-                    discarded: 0,
-                };
-                self.learn(nothing).await?;
-                self.inner.fence_later(self.record.address.clone());
-                return Ok(());
+                return self.learn(Event::Fenced { discarded: 0 }).await;
             }
             self.tell.send_modify(|progress| progress.stuck = true);
         }
-        self.trouble(error).await
+        self.trouble(Trouble::from(&error)).await
+    }
+
+    /// Learns this, and waits a little if it is that something is in the way.
+    async fn take_in(&mut self, event: Event) -> Result<()> {
+        match event {
+            Event::Trouble(trouble) => self.trouble(trouble).await,
+            event => self.learn(event).await,
+        }
     }
 
     /// Something is in the way: remembers it, and waits a little.
-    async fn trouble(&mut self, error: Error) -> Result<()> {
-        tracing::debug!(guest = %self.record.address, %error, "waiting");
-        self.learn(Event::Trouble(Trouble::from(&error))).await?;
+    async fn trouble(&mut self, trouble: Trouble) -> Result<()> {
+        tracing::debug!(guest = %self.record.address, kind = %trouble.kind, detail = trouble.detail, "waiting");
+        self.learn(Event::Trouble(trouble)).await?;
         let pause = self.backoff.next();
         self.pause(pause).await
     }
@@ -374,29 +301,11 @@ impl Driver {
             }
             Some(Signal::Report(reported)) => {
                 let (report, delivery) = *reported;
-                let boot = report.boot.clone();
-                let ours = |command: &crate::CommandId| *command == self.record.command;
-                let event = match report.event {
-                    ReportEvent::Accepted { command } if ours(&command) => {
-                        Some(Event::Accepted(boot))
-                    }
-                    ReportEvent::Progress { command, .. } if ours(&command) => Some(
-                        Event::Command(CommandState::Running { runs: 0 }, Some(boot)),
-                    ),
-                    ReportEvent::Done { command, receipt } if ours(&command) => {
-                        Some(Event::Command(CommandState::Done(receipt), Some(boot)))
-                    }
-                    ReportEvent::Refused { message, reason } if ours(&message) => {
-                        Some(Event::Refused(reason))
-                    }
+                if matches!(report.event, ReportEvent::Hello) {
                     // It is up: whatever is waited for can be tried at once.
-                    ReportEvent::Hello => {
-                        self.backoff = fast_backoff();
-                        None
-                    }
-                    _ => None,
-                };
-                if let Some(event) = event {
+                    self.backoff = fast_backoff();
+                }
+                if let Some(event) = answers::reported(&self.record, report) {
                     self.learn(event).await?;
                 }
                 let settled = delivery.ack(Deadline::after(OPERATION)).await;

@@ -1,5 +1,6 @@
 //! The taskmanager: provisions guests, and holds each to exactly one recorded outcome.
 
+pub(crate) mod answers;
 mod driver;
 mod handle;
 mod provision;
@@ -509,7 +510,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 /// Whether a record's machine may still serve: it was prepared, and not given up or deleted. One that
 /// was given up after it had accepted prepare has failed, and has no queue either.
-fn may_serve(record: &Record) -> bool {
+pub(crate) fn may_serve(record: &Record) -> bool {
     match record.state {
         State::NotDelivered | State::Deleted => false,
         State::Failed => record.revoking.is_none(),
