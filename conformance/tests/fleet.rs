@@ -47,4 +47,4 @@ macro_rules! on {
     )*};
 }
 
-on!(sqlite);
+on!(redis nats rabbitmq);

@@ -19,7 +19,7 @@ fn soon() -> Deadline {
 }
 
 fn queue(id: &str) -> wilco::QueueName {
-    GuestAddress::from(GuestId::new(id).unwrap()).queue()
+    GuestAddress::from(GuestId::new(id).expect("an id")).queue()
 }
 
 /// Every check that needs no control runs beside somebody's own queues, which stay as they are.

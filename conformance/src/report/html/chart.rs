@@ -67,9 +67,9 @@ fn figure(out: &mut String, name: &str, line: &Line, timeline: &Timeline, open: 
         Text(name),
         Text(&line.title),
     )?;
-    write!(
+    writeln!(
         out,
-        "<p class=\"counts\">{faults} faults in {}{}</p>\n",
+        "<p class=\"counts\">{faults} faults in {}{}</p>",
         time(timeline.ms),
         recovery(timeline)
     )?;
@@ -94,9 +94,9 @@ fn figure(out: &mut String, name: &str, line: &Line, timeline: &Timeline, open: 
     for (title, below, above) in lanes {
         lane(out, timeline, title, below, above)?;
     }
-    write!(
+    writeln!(
         out,
-        "<div class=\"axis\" aria-hidden=\"true\"><span>0</span><span>{}</span><span>{}</span></div>\n",
+        "<div class=\"axis\" aria-hidden=\"true\"><span>0</span><span>{}</span><span>{}</span></div>",
         time(timeline.ms / 2.0),
         time(timeline.ms)
     )?;
@@ -244,9 +244,9 @@ fn fault_list(out: &mut String, timeline: &Timeline) -> Result {
     for fault in &timeline.faults {
         let next =
             |ms: Option<f64>| ms.map_or("none after it".into(), |ms| format!("after {}", time(ms)));
-        write!(
+        writeln!(
             out,
-            "<li><b>{}</b> {} <span class=\"fine\">next confirm {}, next delivery {}</span></li>\n",
+            "<li><b>{}</b> {} <span class=\"fine\">next confirm {}, next delivery {}</span></li>",
             time(fault.at),
             Text(&fault.what),
             next(fault.next_confirm),
@@ -254,7 +254,7 @@ fn fault_list(out: &mut String, timeline: &Timeline) -> Result {
         )?;
     }
     if timeline.more_faults > 0 {
-        write!(out, "<li>and {} more</li>\n", timeline.more_faults)?;
+        writeln!(out, "<li>and {} more</li>", timeline.more_faults)?;
     }
     out.push_str("</ol></details>\n");
     Ok(())

@@ -36,7 +36,7 @@ pub(super) fn write(out: &mut String, report: &Report, names: &[String]) -> Resu
         if its.is_empty() {
             continue;
         }
-        write!(out, "<h3>{section} <span>{title}</span></h3>\n")?;
+        writeln!(out, "<h3>{section} <span>{title}</span></h3>")?;
         for law in its {
             row(out, report, names, law)?;
         }

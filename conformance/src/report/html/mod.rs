@@ -186,14 +186,14 @@ fn card(out: &mut String, run: &Run, name: &str) -> Result {
         Text(name)
     )?;
     if !broker.version.is_empty() {
-        write!(out, "<p class=\"sub\">{}</p>\n", Text(&broker.version))?;
+        writeln!(out, "<p class=\"sub\">{}</p>", Text(&broker.version))?;
     }
     if let Some(problem) = &broker.problem {
-        write!(out, "<p class=\"problem\">{}</p>\n", Text(problem))?;
+        writeln!(out, "<p class=\"problem\">{}</p>", Text(problem))?;
     }
-    write!(
+    writeln!(
         out,
-        "<p class=\"tally\"><b class=\"ok\">{passed}</b> passed{}{}</p>\n",
+        "<p class=\"tally\"><b class=\"ok\">{passed}</b> passed{}{}</p>",
         match failed {
             0 => String::new(),
             n => format!(", <b class=\"bad\">{n}</b> failed"),
@@ -257,9 +257,9 @@ fn card(out: &mut String, run: &Run, name: &str) -> Result {
 fn foot(out: &mut String, report: &Report) -> Result {
     out.push_str("<footer>\n<p>Again, with the same choices:</p>\n");
     for run in &report.runs {
-        write!(
+        writeln!(
             out,
-            "<p><code class=\"cmd\">wilco-conformance run --broker {} --seed {}</code></p>\n",
+            "<p><code class=\"cmd\">wilco-conformance run --broker {} --seed {}</code></p>",
             Text(&run.backend),
             run.seed
         )?;
