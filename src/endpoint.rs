@@ -13,6 +13,13 @@ use crate::{
 pub(crate) const TLS_OPTIONS: &[&str] = &["ca", "cert", "key"];
 
 /// What a URL with a host, and the environment, say of a broker.
+#[cfg_attr(
+    not(all(feature = "nats", feature = "tls")),
+    allow(
+        dead_code,
+        reason = "only NATS has tokens, and not every build has TLS"
+    )
+)]
 #[derive(Clone, Debug)]
 pub(crate) struct Endpoint {
     /// The addresses of one broker or of its cluster; at least one.
@@ -35,6 +42,10 @@ pub(crate) struct Host {
 }
 
 /// How TLS is done, as PEM texts; the host's name is always checked (law S3).
+#[cfg_attr(
+    not(feature = "tls"),
+    allow(dead_code, reason = "not every build has TLS")
+)]
 #[derive(Clone)]
 pub(crate) struct Tls {
     /// The authorities to trust, and no others; `None`: those of the system.
@@ -43,6 +54,10 @@ pub(crate) struct Tls {
     pub(crate) identity: Option<Identity>,
 }
 
+#[cfg_attr(
+    not(feature = "tls"),
+    allow(dead_code, reason = "not every build has TLS")
+)]
 #[derive(Clone)]
 pub(crate) struct Identity {
     pub(crate) certificate: Vec<u8>,

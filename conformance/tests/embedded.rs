@@ -22,4 +22,10 @@ const NOT_RUN: &[&str] = &[
     "f9_an_alarm_refuses_and_loses_nothing",
 ];
 
+macro_rules! one {
+    ($section:ident $name:ident) => {
+        common::check!($name);
+    };
+}
+
 for_each_check!(common::tests);

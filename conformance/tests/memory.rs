@@ -33,4 +33,10 @@ const NOT_RUN: &[&str] = &[
     "l_processes_killed_at_random_lose_nothing",
 ];
 
+macro_rules! one {
+    ($section:ident $name:ident) => {
+        common::check!($name);
+    };
+}
+
 for_each_check!(common::tests);

@@ -21,6 +21,12 @@ const NOT_RUN: &[&str] = &[
     "l_processes_killed_at_random_lose_nothing",
 ];
 
+macro_rules! one {
+    ($section:ident $name:ident) => {
+        common::check!($name);
+    };
+}
+
 for_each_check!(common::tests);
 
 /// Each piece of code in the guide is a piece of the example, line by line; so it compiles, and passes.

@@ -9,4 +9,16 @@ const HARNESS: RabbitMq = RabbitMq;
 /// What its harness cannot do from outside.
 const NOT_RUN: &[&str] = &["f9_an_alarm_refuses_and_loses_nothing"];
 
+macro_rules! one {
+    (f $name:ident) => {
+        common::check!($name, open "section F on RabbitMQ: see CONTRIBUTING.md");
+    };
+    (c c13_none_is_lost_around_the_first_attach) => {
+        common::check!(c13_none_is_lost_around_the_first_attach, open "takes too long: see CONTRIBUTING.md");
+    };
+    ($section:ident $name:ident) => {
+        common::check!($name);
+    };
+}
+
 for_each_check!(common::tests);

@@ -8,4 +8,10 @@ const HARNESS: Redis = Redis;
 
 const NOT_RUN: &[&str] = &[];
 
+macro_rules! one {
+    ($section:ident $name:ident) => {
+        common::check!($name);
+    };
+}
+
 for_each_check!(common::tests);
