@@ -27,6 +27,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Dialer {
     clients: Vec<(Host, Client)>,
+    with_tls: bool,
     /// How long consumers and lanes outlive their last word, and how long a connection may be silent.
     pub(super) lease: Duration,
 }
@@ -72,17 +73,21 @@ impl Dialer {
             .collect::<Result<_>>()?;
         Ok(Self {
             clients,
+            with_tls,
             lease: lease.unwrap_or(Duration::from_secs(3)),
         })
     }
 
-    /// A connection to the first of the addresses that answers as a master, with every script on it.
+    /// A connection to the first of the addresses that answers as a master. The scripts that are used
+    /// over it are on their way before all else.
     pub(super) async fn dial(
         &self,
         router: &Arc<Router>,
         listens: bool,
     ) -> Result<(MultiplexedConnection, watch::Receiver<bool>), Failure> {
         let mut failure = Failure::Broken("no address".into());
+        // A server that speaks no TLS gives no better reason than that it hung up.
+        let over = if self.with_tls { " over TLS" } else { "" };
         for (host, client) in &self.clients {
             let (sender, lost) = watch::channel(false);
             let pushes = Pushes {
@@ -94,7 +99,7 @@ impl Dialer {
             match attempt {
                 Ok(Ok(connection)) => return Ok((connection, lost)),
                 Ok(Err(Failure::Broken(what))) => {
-                    failure = Failure::Broken(format!("{host}: {what}"));
+                    failure = Failure::Broken(format!("{host}{over}: {what}"));
                 }
                 Ok(Err(refused)) => {
                     let auth = *refused.error().kind() == ErrorKind::AuthRefused;
@@ -104,7 +109,8 @@ impl Dialer {
                     }
                 }
                 Err(_) => {
-                    failure = Failure::Broken(format!("{host}: no answer in {:?}", self.lease));
+                    failure =
+                        Failure::Broken(format!("{host}{over}: no answer in {:?}", self.lease));
                 }
             }
         }
@@ -132,7 +138,6 @@ impl Dialer {
         // All in one round trip: a far server is slow enough without more.
         let mut setup = redis::pipe();
         setup.cmd("ROLE");
-        scripts::load(&mut setup);
         if listens {
             setup.cmd("SUBSCRIBE").arg(reply_channel);
         }
@@ -148,7 +153,23 @@ impl Dialer {
         for answer in answers {
             answered(Ok(answer))?;
         }
+        bring_scripts(&connection, listens).await;
         Ok(connection)
+    }
+}
+
+/// Sends the scripts ahead and does not wait for the answers, which take long on a slow line. What
+/// follows on this connection finds them: two batches of one queue never come to a server that knows
+/// neither, and so keep their order (P8). A refusal is seen by the first that needs a script.
+async fn bring_scripts(connection: &MultiplexedConnection, listens: bool) {
+    let only = (!listens).then_some(&*scripts::PUBLISH);
+    let mut connection = connection.clone();
+    let mut sent = Box::pin(async move { all(&mut connection, &scripts::load(only)).await });
+    if futures_util::future::poll_immediate(&mut sent)
+        .await
+        .is_none()
+    {
+        tokio::spawn(sent);
     }
 }
 
@@ -214,6 +235,10 @@ fn open(info: redis::ConnectionInfo, endpoint: &Endpoint) -> redis::RedisResult<
     let Some(tls) = &endpoint.tls else {
         return Client::open(info);
     };
+    // The client takes the process's provider and panics where there is none.
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    }
     let certificates = redis::TlsCertificates {
         client_tls: tls
             .identity

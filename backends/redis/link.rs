@@ -196,13 +196,15 @@ impl Live {
         let _underway = Underway::of(&self.underway, bytes);
         match self.once(call).await {
             Err(failure) if failure.is_code("NOSCRIPT") => {
-                let mut scripts = redis::pipe();
-                scripts::load(&mut scripts);
+                let scripts = scripts::load(None);
                 let mut connection = self.connection.clone();
                 let mut lost = self.lost.clone();
-                tokio::select! {
-                    loaded = all(&mut connection, &scripts) => drop(loaded?),
+                let loaded = tokio::select! {
+                    loaded = all(&mut connection, &scripts) => loaded?,
                     _ = lost.wait_for(|lost| *lost) => return Err(Failure::Broken("it fell silent".into())),
+                };
+                for answer in loaded {
+                    answered(Ok(answer))?;
                 }
                 self.once(call).await
             }

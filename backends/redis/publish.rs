@@ -126,6 +126,8 @@ struct Lineup {
     flying: usize,
     /// To be sent again: before all others and one after the other, so that the order is kept (P8).
     broken: VecDeque<Batch>,
+    /// Whether it stands among the queues that have something to send.
+    is_ready: bool,
 }
 
 impl Lineup {
@@ -220,7 +222,8 @@ impl Publisher {
     }
 
     fn is_ready(&mut self, queue: QueueName) {
-        if !self.ready.contains(&queue) {
+        let lineup = self.lineups.entry(queue.clone()).or_default();
+        if !std::mem::replace(&mut lineup.is_ready, true) {
             self.ready.push_back(queue);
         }
     }
@@ -234,6 +237,9 @@ impl Publisher {
             let Some(queue) = self.ready.pop_front() else {
                 return;
             };
+            if let Some(lineup) = self.lineups.get_mut(&queue) {
+                lineup.is_ready = false;
+            }
             while let Some(batch) = self.next_batch(&queue) {
                 self.launch(live, batch).await;
             }
@@ -243,7 +249,7 @@ impl Publisher {
             if lineup.is_over() {
                 self.lineups.remove(&queue);
             } else if !lineup.waiting.is_empty() || !lineup.broken.is_empty() {
-                self.ready.push_back(queue);
+                self.is_ready(queue);
             }
         }
     }

@@ -11,12 +11,16 @@ macro_rules! scripts {
         $(pub(super) static $name: LazyLock<Script> =
             LazyLock::new(|| Script::new(concat!($(include_str!(concat!("lua/", $file, ".lua"))),+)));)*
 
-        /// Brings every script to a server, in one round trip behind what is in the pipeline already.
-        pub(super) fn load(pipeline: &mut Pipeline) {
-            $(pipeline
-                .cmd("SCRIPT")
-                .arg("LOAD")
-                .arg(concat!($(include_str!(concat!("lua/", $file, ".lua"))),+));)*
+        /// What brings a script to a server, or every script.
+        pub(super) fn load(only: Option<&Script>) -> Pipeline {
+            let mut pipeline = redis::pipe();
+            $(if only.is_none_or(|only| only.get_hash() == $name.get_hash()) {
+                pipeline
+                    .cmd("SCRIPT")
+                    .arg("LOAD")
+                    .arg(concat!($(include_str!(concat!("lua/", $file, ".lua"))),+));
+            })*
+            pipeline
         }
     };
 }
