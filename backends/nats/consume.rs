@@ -755,20 +755,22 @@ async fn leave(hold: &Arc<Hold>, arrivals: Subscriber) {
     let mut deaf = hold.deaf.subscribe();
     hold.hush.notify_one();
     let _ = deadline.bound(deaf.wait_for(|deaf| *deaf)).await;
-    let replies = {
+    let (shared, mut buffer) = {
         let mut inner = lock(&hold.inner);
         let all = inner.phase == Phase::Leaving(true);
         inner.shared = !all && inner.held.values().any(|held| held.live);
-        let buffer = std::mem::take(&mut inner.buffer);
-        let replies = buffer.iter().map(|received| received.reply().to_owned());
-        if inner.shared {
-            replies.collect()
-        } else {
-            vec![]
-        }
+        (inner.shared, std::mem::take(&mut inner.buffer))
     };
-    drop(arrivals);
-    if let Err(error) = go(hold, replies, deadline).await {
+    if shared {
+        buffer.extend(rest(hold, arrivals, deadline).await);
+        // The server keeps the order in which they come back (law C11).
+        buffer
+            .make_contiguous()
+            .sort_unstable_by_key(|received| received.sequence);
+    } else {
+        drop(arrivals);
+    }
+    if let Err(error) = go(hold, &buffer, deadline).await {
         // The next one finds it dead.
         tracing::debug!(%error, "a consumer went without a word to the server");
     }
@@ -782,13 +784,33 @@ async fn leave(hold: &Arc<Hold>, arrivals: Subscriber) {
     }
 }
 
+/// What comes before the server hears that nobody listens: left lying, it would come to the next one
+/// when its lease runs out, after what stands behind it.
+async fn rest(hold: &Hold, mut arrivals: Subscriber, deadline: Deadline) -> Vec<Received> {
+    let mut rest = Vec::new();
+    if !hold.link.is_connected() || arrivals.drain().await.is_err() {
+        return rest;
+    }
+    while let Ok(Some(raw)) = deadline.bound(arrivals.next()).await {
+        let sequence = raw.reply.as_ref().and_then(|reply| place(reply));
+        if let Some(sequence) = sequence.filter(|_| raw.status.is_none()) {
+            rest.push(Received {
+                sequence,
+                attempt: 0,
+                raw,
+            });
+        }
+    }
+    rest
+}
+
 /// Tells the server, step by step: what was handed out how often, then what goes back.
-async fn go(hold: &Arc<Hold>, buffer: Vec<String>, deadline: Deadline) -> Result<()> {
+async fn go(hold: &Arc<Hold>, buffer: &VecDeque<Received>, deadline: Deadline) -> Result<()> {
     hold.note(deadline).await?;
     if lock(&hold.inner).shared {
         let given = buffer
             .iter()
-            .map(|reply| settle::tell(&hold.link, reply, "-NAK", deadline));
+            .map(|received| settle::tell(&hold.link, received.reply(), "-NAK", deadline));
         futures_util::future::join_all(given).await;
     } else {
         // All that it had in its hands or on its way goes back with it, at once.

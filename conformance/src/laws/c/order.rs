@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use wilco::broker::{Consumer, Delivery};
+
 use crate::{
-    check::{CheckResult, Cx, Evidence},
+    check::{CheckError, CheckResult, Cx, Evidence},
     support::*,
 };
 
@@ -72,4 +74,64 @@ pub async fn c11_a_redelivered_one_says_so(cx: &Cx) -> CheckResult {
     }
     same("first deliveries", next, MESSAGES)?;
     Ok(Evidence::of("messages", MESSAGES).and("redelivered", again))
+}
+
+/// Attached again and again: what was only buffered goes back to its place, whether the consumer closes,
+/// the handle does, or the consumer closes with a delivery still in hand.
+pub async fn c11_what_was_buffered_keeps_its_place(cx: &Cx) -> CheckResult {
+    const ROUNDS: usize = 18;
+    const MESSAGES: usize = ROUNDS * 2 + 16;
+    let control = cx.connect().await?;
+    let name = queue(&*control, "c11-back").await?;
+    for n in 0..MESSAGES {
+        put(&*control, &name, format!("m{n:04}")).await?;
+    }
+    let mut rng = cx.rng();
+    let (mut first, mut again) = (0, 0);
+    for round in 0..ROUNDS {
+        let broker = cx.connect().await?;
+        let mut consumer = attach(&*broker, &name, 16).await?;
+        let delivery = first_time(&mut *consumer, &mut first, &mut again).await?;
+        // Some rounds find the buffer full, some still on its way.
+        tokio::time::sleep(Duration::from_micros(rng.u64(0..8_000))).await;
+        match round % 3 {
+            0 => {
+                delivery.ack(long()).await?;
+                consumer.close(long()).await?;
+            }
+            1 => delivery.ack(long()).await?,
+            _ => {
+                consumer.close(long()).await?;
+                let mut next = attach(&*control, &name, 16).await?;
+                let other = first_time(&mut *next, &mut first, &mut again).await?;
+                drop(other);
+                drop(delivery);
+                next.close(long()).await?;
+            }
+        }
+        broker.close(long()).await?;
+    }
+    Ok(Evidence::of("attachments", ROUNDS)
+        .and("first deliveries", first)
+        .and("redelivered", again))
+}
+
+/// The next that comes for the first time, which is this one; whatever comes again before it is acked.
+async fn first_time(
+    consumer: &mut dyn Consumer,
+    first: &mut usize,
+    again: &mut usize,
+) -> Result<Delivery, CheckError> {
+    loop {
+        let delivery = receive(consumer).await?;
+        if delivery.attempt > 1 {
+            *again += 1;
+            delivery.ack(long()).await?;
+            continue;
+        }
+        let id = delivery.message.id.to_string();
+        same("the next first delivery", id, format!("m{first:04}"))?;
+        *first += 1;
+        return Ok(delivery);
+    }
 }
