@@ -76,43 +76,49 @@ pub async fn c11_a_redelivered_one_says_so(cx: &Cx) -> CheckResult {
     Ok(Evidence::of("messages", MESSAGES).and("redelivered", again))
 }
 
-/// Attached again and again: what was only buffered goes back to its place, whether the consumer closes,
-/// the handle does, or the consumer closes with a delivery still in hand.
+/// Attached again and again while more is published: what was only buffered, or on its way, goes back to
+/// its place, whether the consumer closes, the handle does, or the consumer closes and leaves a delivery
+/// in hand.
 pub async fn c11_what_was_buffered_keeps_its_place(cx: &Cx) -> CheckResult {
-    const ROUNDS: usize = 18;
-    const MESSAGES: usize = ROUNDS * 2 + 16;
+    const MESSAGES: usize = 400;
     let control = cx.connect().await?;
     let name = queue(&*control, "c11-back").await?;
-    for n in 0..MESSAGES {
-        put(&*control, &name, format!("m{n:04}")).await?;
-    }
+    let (broker, to) = (control.clone(), name.clone());
+    let publisher = tokio::spawn(async move {
+        for n in 0..MESSAGES {
+            put(&*broker, &to, format!("m{n:04}")).await?;
+        }
+        Ok(())
+    });
     let mut rng = cx.rng();
-    let (mut first, mut again) = (0, 0);
-    for round in 0..ROUNDS {
+    let (mut first, mut again, mut rounds) = (0, 0, 0);
+    let mut kept = None;
+    while first < MESSAGES {
+        rounds += 1;
         let broker = cx.connect().await?;
         let mut consumer = attach(&*broker, &name, 16).await?;
-        let delivery = first_time(&mut *consumer, &mut first, &mut again).await?;
-        // Some rounds find the buffer full, some still on its way.
-        tokio::time::sleep(Duration::from_micros(rng.u64(0..8_000))).await;
-        match round % 3 {
-            0 => {
-                delivery.ack(long()).await?;
-                consumer.close(long()).await?;
-            }
-            1 => delivery.ack(long()).await?,
-            _ => {
-                consumer.close(long()).await?;
-                let mut next = attach(&*control, &name, 16).await?;
-                let other = first_time(&mut *next, &mut first, &mut again).await?;
-                drop(other);
-                drop(delivery);
-                next.close(long()).await?;
-            }
+        for _ in 1..rng.usize(1..=20).min(MESSAGES - first) {
+            let delivery = first_time(&mut *consumer, &mut first, &mut again).await?;
+            delivery.ack(long()).await?;
         }
-        broker.close(long()).await?;
+        let last = first_time(&mut *consumer, &mut first, &mut again).await?;
+        // What the one before left in hand comes again.
+        drop(kept.take());
+        let way = rng.u32(0..4);
+        if way < 2 {
+            last.ack(long()).await?;
+            if way == 0 {
+                consumer.close(long()).await?;
+            }
+            broker.close(long()).await?;
+        } else {
+            consumer.close(long()).await?;
+            kept = Some((last, broker));
+        }
     }
-    Ok(Evidence::of("attachments", ROUNDS)
-        .and("first deliveries", first)
+    join_all([publisher]).await?;
+    Ok(Evidence::of("messages", MESSAGES)
+        .and("attachments", rounds)
         .and("redelivered", again))
 }
 
