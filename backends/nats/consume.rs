@@ -50,6 +50,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How long going takes at the most, with the server down too (law F8).
 const GOING: Duration = Duration::from_secs(5);
 
+/// How far back it is looked for what was on its way when a consumer went.
+const MOST_ON_ITS_WAY: u64 = 4_096;
+
 /// A consumer's life.
 pub(super) struct Hold {
     pub(super) link: Arc<Link>,
@@ -732,12 +735,16 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
 /// `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.…`, or since 2.14 also
 /// `$JS.ACK.<domain>.<account>.<stream>.<consumer>.<delivered>.<sequence>.…`.
 pub(super) fn place(reply: &str) -> Option<u64> {
-    let place = match reply.split('.').count() {
-        9 => 5,
-        11.. => 7,
-        _ => return None,
-    };
+    let place = place_in(reply.split('.').count())?;
     reply.split('.').nth(place)?.parse().ok()
+}
+
+fn place_in(words: usize) -> Option<usize> {
+    match words {
+        9 => Some(5),
+        11.. => Some(7),
+        _ => None,
+    }
 }
 
 /// Gives back what was dropped unsettled, each in a task of its own.
@@ -755,20 +762,18 @@ async fn leave(hold: &Arc<Hold>, arrivals: Subscriber) {
     let mut deaf = hold.deaf.subscribe();
     hold.hush.notify_one();
     let _ = deadline.bound(deaf.wait_for(|deaf| *deaf)).await;
-    let replies = {
+    let (shared, mut buffer) = {
         let mut inner = lock(&hold.inner);
         let all = inner.phase == Phase::Leaving(true);
         inner.shared = !all && inner.held.values().any(|held| held.live);
-        let buffer = std::mem::take(&mut inner.buffer);
-        let replies = buffer.iter().map(|received| received.reply().to_owned());
-        if inner.shared {
-            replies.collect()
-        } else {
-            vec![]
-        }
+        (inner.shared, std::mem::take(&mut inner.buffer))
     };
-    drop(arrivals);
-    if let Err(error) = go(hold, replies, deadline).await {
+    if shared {
+        buffer.extend(rest(hold, arrivals, deadline).await);
+    } else {
+        drop(arrivals);
+    }
+    if let Err(error) = go(hold, buffer, deadline).await {
         // The next one finds it dead.
         tracing::debug!(%error, "a consumer went without a word to the server");
     }
@@ -782,12 +787,33 @@ async fn leave(hold: &Arc<Hold>, arrivals: Subscriber) {
     }
 }
 
+/// What comes before the server hears that nobody listens: left lying, it would come to the next one
+/// when its lease runs out, after what stands behind it.
+async fn rest(hold: &Hold, mut arrivals: Subscriber, deadline: Deadline) -> Vec<Received> {
+    let mut rest = Vec::new();
+    if !hold.link.is_connected() || arrivals.drain().await.is_err() {
+        return rest;
+    }
+    while let Ok(Some(raw)) = deadline.bound(arrivals.next()).await {
+        let sequence = raw.reply.as_ref().and_then(|reply| place(reply));
+        if let Some(sequence) = sequence.filter(|_| raw.status.is_none()) {
+            rest.push(Received {
+                sequence,
+                attempt: 0,
+                raw,
+            });
+        }
+    }
+    rest
+}
+
 /// Tells the server, step by step: what was handed out how often, then what goes back.
-async fn go(hold: &Arc<Hold>, buffer: Vec<String>, deadline: Deadline) -> Result<()> {
+async fn go(hold: &Arc<Hold>, buffer: VecDeque<Received>, deadline: Deadline) -> Result<()> {
     hold.note(deadline).await?;
     if lock(&hold.inner).shared {
-        let given = buffer
-            .iter()
+        let back = going_back(hold, buffer, deadline).await;
+        let given = back
+            .values()
             .map(|reply| settle::tell(&hold.link, reply, "-NAK", deadline));
         futures_util::future::join_all(given).await;
     } else {
@@ -801,6 +827,49 @@ async fn go(hold: &Arc<Hold>, buffer: Vec<String>, deadline: Deadline) -> Result
         .await
 }
 
+/// Where all that goes back is given back, in the order of the queue, which the server keeps (law C11):
+/// what was buffered, and what the server had on its way while it heard that nobody listens. That came to
+/// nobody, and is known by its number alone; what was handed out is noted, and stays with its holders.
+async fn going_back(
+    hold: &Hold,
+    buffer: VecDeque<Received>,
+    deadline: Deadline,
+) -> BTreeMap<u64, String> {
+    let buffered = buffer.iter();
+    let mut back: BTreeMap<_, _> = buffered
+        .map(|received| (received.sequence, received.reply().to_owned()))
+        .collect();
+    let told = hold.link.consumer(&hold.names, &hold.consumer, deadline);
+    let Ok(Some(told)) = told.await else {
+        return back;
+    };
+    let number = |of: &str, which: &str| told[of][which].as_u64().unwrap_or(0);
+    let last = number("delivered", "stream_seq");
+    let first = number("ack_floor", "stream_seq").max(last.saturating_sub(MOST_ON_ITS_WAY)) + 1;
+    let inner = lock(&hold.inner);
+    let Some(held) = inner.held.values().next() else {
+        return back;
+    };
+    for sequence in first..=last {
+        if !inner.marks.contains_key(&sequence) {
+            let reply = || reply_of(&held.reply, sequence, number("delivered", "consumer_seq"));
+            back.entry(sequence).or_insert_with(reply);
+        }
+    }
+    back
+}
+
+/// Where another delivery of the same consumer is acknowledged: its place, and a number in the order of
+/// deliveries that the server takes for one of them.
+fn reply_of(other: &str, sequence: u64, delivery: u64) -> String {
+    let mut words: Vec<_> = other.split('.').map(str::to_owned).collect();
+    if let Some(place) = place_in(words.len()) {
+        words[place] = sequence.to_string();
+        words[place + 1] = delivery.to_string();
+    }
+    words.join(".")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -812,5 +881,17 @@ mod tests {
         assert_eq!(place("$JS.ACK._.hash.s.c.2.7.9.1700000000.0.x"), Some(7));
         assert_eq!(place("$JS.ACK.s.c.2"), None);
         assert_eq!(place("_INBOX.x"), None);
+    }
+
+    #[test]
+    fn c11_a_delivery_that_came_to_nobody_has_an_ack_subject() {
+        for reply in [
+            "$JS.ACK.s.c.2.7.9.1700000000.0",
+            "$JS.ACK._.hash.s.c.2.7.9.1700000000.0",
+        ] {
+            let other = reply_of(reply, 8, 12);
+            assert_eq!(place(&other), Some(8));
+            assert_eq!(other, reply.replace(".7.9.", ".8.12."));
+        }
     }
 }

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     broker::{DeadLetter, DeadLetterKey},
     deadline::Deadline,
-    error::Result,
+    error::{Error, ErrorKind, Result},
     names::QueueName,
 };
 
@@ -56,6 +56,8 @@ pub(super) async fn dead_letters(
 /// Stores the message at the end of the queue, then takes the letter away. Both ids are the letter's: sent
 /// back twice it is stored once, and of two who take it away one does. Whoever receives the message takes
 /// away a letter that is still there.
+///
+/// The whole queue is looked through for a message of the same id: the server finds one by its place only.
 pub(super) async fn redrive(
     link: &Link,
     queue: &QueueName,
@@ -75,6 +77,20 @@ pub(super) async fn redrive(
         return Ok(false);
     };
     let letter = form::read_dead(&stored.headers, stored.body, sequence);
+    match twin(link, &names, &letter, sequence, deadline).await? {
+        None => {}
+        // It was sent back before, by one that did not take the letter away.
+        Some(Twin::Itself) => return link.forget(&names, sequence, deadline).await,
+        Some(Twin::Other) => {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!(
+                    "a message with the id {} is in the queue",
+                    letter.message.id
+                ),
+            ));
+        }
+    }
     let once = format!("redrive-{sequence}");
     let headers: HeaderMap = form::redriven_headers(&letter.message, sequence, &once);
     let answer = link
@@ -95,4 +111,29 @@ pub(super) async fn redrive(
         return Err(refusal.into_error());
     }
     link.forget(&names, sequence, deadline).await
+}
+
+/// A message in the queue of the same id as a dead letter.
+enum Twin {
+    /// This very letter, sent back.
+    Itself,
+    Other,
+}
+
+async fn twin(
+    link: &Link,
+    names: &Names,
+    letter: &DeadLetter,
+    sequence: u64,
+    deadline: Deadline,
+) -> Result<Option<Twin>> {
+    let mut from = 1;
+    while let Some(stored) = link.stored(names, &names.input(), from, deadline).await? {
+        from = stored.sequence + 1;
+        let sent_back = form::was_letter(Some(&stored.headers)) == Some(sequence);
+        if form::read(Some(&stored.headers), stored.body, stored.sequence).id == letter.message.id {
+            return Ok(Some(if sent_back { Twin::Itself } else { Twin::Other }));
+        }
+    }
+    Ok(None)
 }

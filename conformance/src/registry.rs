@@ -60,6 +60,7 @@ macro_rules! for_each_check {
             c::c10_dropping_a_delivery_gives_it_back, "C10", "dropping a delivery gives it back, a panic too";
             c::c11_order_is_kept, "C11", "one consumer, no redelivery: order is kept";
             c::c11_a_redelivered_one_says_so, "C11", "what comes out of its place has a count above 1";
+            c::c11_what_was_buffered_keeps_its_place, "C11", "what was only buffered goes back to its place";
             c::c12_one_consumer_is_served_the_other_is_told, "C12", "of many consumers one is served, the others told";
             c::c12_across_processes, "C12", "the same across processes";
             c::c13_none_is_lost_around_the_first_attach, "C13", "1,000 races of publish and first attach";

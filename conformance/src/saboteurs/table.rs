@@ -64,6 +64,7 @@ macro_rules! for_each_saboteur {
             counts_the_buffer: consume::CountsTheBuffer => c9_the_buffer_goes_back_and_does_not_age;
             dropping_acks: leases::DroppingAcks => c10_dropping_a_delivery_gives_it_back;
             swaps_neighbours: consume::SwapsNeighbours => c11_order_is_kept;
+            swaps_what_comes_back: consume::SwapsNeighbours => c11_what_was_buffered_keeps_its_place;
             redelivers_unsaid: consume::AlwaysTheFirst => c11_a_redelivered_one_says_so;
             tells_nobody: consume::TellsNobody => c12_one_consumer_is_served_the_other_is_told;
             begins_with_the_next: consume::BeginsWithTheNext => c13_what_waited_before_the_first_consumer_is_delivered;
