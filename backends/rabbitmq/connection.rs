@@ -171,11 +171,14 @@ async fn exchanges(wire: &Wire) -> Result<(), Fault> {
             durable: true,
             ..ExchangeDeclareOptions::default()
         };
-        let made = channel
-            .exchange_declare(name.into(), kind, options, FieldTable::default())
-            .await;
-        match made.map_err(Fault::from) {
-            Ok(()) => channel.close(200, "done".into()).await?,
+        let made = channel.answer(channel.channel().exchange_declare(
+            name.into(),
+            kind,
+            options,
+            FieldTable::default(),
+        ));
+        match made.await {
+            Ok(()) => channel.done(),
             Err(Fault::Amqp(403, _)) => {}
             Err(fault) => return Err(fault),
         }

@@ -7,11 +7,7 @@
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use lapin::{
-    Channel,
-    options::{QueueDeclareOptions, QueueDeleteOptions},
-    types::FieldTable,
-};
+use lapin::{Channel, options::QueueDeleteOptions, types::FieldTable};
 
 use super::{
     ask::{Asked, ask},
@@ -92,9 +88,10 @@ async fn delete_once(
         if let Some(channel) = try_exclusive(wire, &lane).await? {
             break channel;
         }
+        // A refusal costs a channel for good.
         tries += 1;
-        tokio::time::sleep(AGAIN).await;
-        if tries % 25 == 0 {
+        tokio::time::sleep(AGAIN * tries.min(12)).await;
+        if tries % 8 == 0 {
             let_go(core, &lane, &mut told.lanes, deadline).await?;
         }
     };
@@ -274,11 +271,15 @@ async fn take_down(
         shelves.push(shelf);
     }
     let channel = wire.channel().await?;
-    let dead = gone(&channel, wire, &dead_of(queue)).await?;
-    gone(&channel, wire, &notes::notes_of(queue)).await?;
+    let beside = wire.channel().await?;
+    let (dead, _) = tokio::try_join!(
+        gone(&beside, dead_of(queue)),
+        gone(&channel, notes::notes_of(queue))
+    )?;
+    beside.close(200, "done".into()).await?;
     let held = ids.len() as u64;
     // The broker counts what nobody holds.
-    let rest = gone(&channel, wire, queue.as_str()).await?;
+    let rest = gone(&channel, queue.to_string()).await?;
     let discarded = Discarded::new(held + rest + dead, ids);
     *lock(known) = Some(discarded.clone());
     channel.close(200, "done".into()).await?;
@@ -288,20 +289,7 @@ async fn take_down(
 }
 
 /// Deletes a queue; how much it had ready. One that is not there had nothing.
-async fn gone(channel: &Channel, wire: &Wire, queue: &str) -> Result<u64, Fault> {
-    let look = wire.scout().await?;
-    let options = QueueDeclareOptions {
-        passive: true,
-        ..QueueDeclareOptions::default()
-    };
-    let looked = look
-        .queue_declare(queue.into(), options, FieldTable::default())
-        .await;
-    match looked.map_err(Fault::from) {
-        Ok(_) => look.close(200, "done".into()).await?,
-        Err(Fault::Amqp(404, _)) => return Ok(0),
-        Err(fault) => return Err(fault),
-    }
+async fn gone(channel: &Channel, queue: String) -> Result<u64, Fault> {
     let deleted = channel
         .queue_delete(queue.into(), QueueDeleteOptions::default())
         .await?;

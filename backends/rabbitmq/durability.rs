@@ -22,7 +22,8 @@ pub(super) async fn report(core: &Arc<Core>, deadline: Deadline) -> Result<Durab
             None => Vec::new(),
         };
         let version = told(&greeting, "version").unwrap_or_else(|| "unknown".into());
-        let queues = index::names(&core, &wire).await.map(|names| names.len());
+        let names = index::names(&core, &wire).await;
+        let queues = names.map(|names| names.len() * index::QUEUES_EACH);
         let cluster = told(&greeting, "cluster_name");
         Ok(build(&core, version, cluster, queues.ok()))
     })

@@ -20,6 +20,9 @@ const LOCK: &str = "wilco.index.lock";
 /// most that one cluster should have.
 pub(super) const MANY: usize = 5_000;
 
+/// An entry's queue, and those for its dead letters and its notes.
+pub(super) const QUEUES_EACH: usize = 3;
+
 /// The arguments of a queue of our own that outlives a power cut.
 pub(super) fn durable() -> FieldTable {
     let mut arguments = FieldTable::default();
@@ -61,9 +64,10 @@ pub(super) async fn names(core: &Arc<Core>, wire: &Wire) -> Result<BTreeSet<Queu
         shelf.close(&BTreeSet::new()).await?;
     }
     reading.release().await?;
-    if names.len() > MANY {
+    let queues = names.len() * QUEUES_EACH;
+    if queues > MANY {
         tracing::warn!(
-            queues = names.len(),
+            queues,
             "more than {MANY} quorum queues: spread them over several clusters"
         );
     }

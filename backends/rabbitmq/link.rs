@@ -7,8 +7,8 @@
 
 use std::{
     sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -20,9 +20,15 @@ use lapin::{
     uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism},
 };
 use secrecy::ExposeSecret as _;
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
-use super::fault::{Fault, code};
+use super::{
+    fault::{Fault, code},
+    lock,
+};
 use crate::{
     backoff::Backoff,
     deadline::Deadline,
@@ -32,6 +38,16 @@ use crate::{
 
 /// How long one attempt to connect may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
+
+/// How many channels a connection for questions gives out before it is made anew: the client has 2,047
+/// numbers, and is out of them for ever once each was refused something.
+const QUESTIONS: u32 = 1_000;
+
+/// How long the last questions over such a connection may take.
+const LAST_QUESTIONS: Duration = Duration::from_secs(5);
+
+/// How many channels for questions wait for the next one at most.
+const IDLE: usize = 16;
 
 /// How many numbers in turn may be of no use until a connection is worn out.
 const WORN: usize = 64;
@@ -47,6 +63,10 @@ pub(super) struct Wire {
     /// Where it goes, where that is no TLS.
     pub(super) plain: Option<Host>,
     scout: Option<Arc<Link>>,
+    /// How many channels for questions were opened on it.
+    asked: AtomicU32,
+    /// Those that were refused nothing, and ask nothing now.
+    idle: Mutex<Vec<Channel>>,
     /// It has to be made anew.
     worn: Notify,
     dead: watch::Sender<bool>,
@@ -62,7 +82,14 @@ impl Wire {
     pub(super) async fn channel(&self) -> Result<Channel, Fault> {
         // A number whose last channel was refused something fails with that old refusal.
         for _ in 0..WORN {
-            match self.connection.create_channel().await.map_err(Fault::from) {
+            let channel = match self.connection.create_channel().await {
+                // Each is in use, or was refused something.
+                Err(error) if matches!(error.kind(), lapin::ErrorKind::ChannelsLimitReached) => {
+                    break;
+                }
+                done => done.map_err(Fault::from),
+            };
+            match channel {
                 Err(Fault::Amqp(..)) => {}
                 done => return done,
             }
@@ -72,16 +99,24 @@ impl Wire {
     }
 
     /// A channel for what may be refused.
-    pub(super) async fn scout(&self) -> Result<Channel, Fault> {
-        match &self.scout {
-            Some(link) => {
-                let wire = link.wire(Deadline::after(ATTEMPT)).await;
-                wire.map_err(|error| Fault::Lost(error.to_string()))?
-                    .channel()
-                    .await
-            }
-            None => self.channel().await,
+    pub(super) async fn scout(&self) -> Result<Scout, Fault> {
+        let Some(link) = &self.scout else {
+            return Err(Fault::Lost("questions go over another connection".into()));
+        };
+        let wire = link.wire(Deadline::after(ATTEMPT)).await;
+        let wire = wire.map_err(|error| Fault::Lost(error.to_string()))?;
+        let idle = lock(&wire.idle).pop();
+        if let Some(channel) = idle.filter(|channel| channel.status().connected()) {
+            return Ok(Scout { wire, channel });
         }
+        if wire.asked.fetch_add(1, Ordering::Relaxed) == QUESTIONS {
+            wire.worn.notify_one();
+        }
+        let channel = tokio::select! {
+            channel = wire.channel() => channel?,
+            () = wire.until_dead() => return Err(Scout::broken()),
+        };
+        Ok(Scout { wire, channel })
     }
 
     /// Waits for the connection to break.
@@ -93,6 +128,42 @@ impl Wire {
     /// Whether the broker does not take publishes for now.
     pub(super) fn is_blocked(&self) -> bool {
         self.connection.status().blocked()
+    }
+}
+
+/// A channel for one question, and its connection: a call on one that broke may wait for ever.
+pub(super) struct Scout {
+    wire: Arc<Wire>,
+    channel: Channel,
+}
+
+impl Scout {
+    pub(super) fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// Waits for the answer to a call on this channel.
+    pub(super) async fn answer<T>(
+        &self,
+        call: impl Future<Output = lapin::Result<T>>,
+    ) -> Result<T, Fault> {
+        tokio::select! {
+            biased;
+            answer = call => answer.map_err(Fault::from),
+            () = self.wire.until_dead() => Err(Self::broken()),
+        }
+    }
+
+    /// All its questions were answered, and none refused: the next can go over it too.
+    pub(super) fn done(self) {
+        let mut idle = lock(&self.wire.idle);
+        if idle.len() < IDLE {
+            idle.push(self.channel);
+        }
+    }
+
+    fn broken() -> Fault {
+        Fault::Lost("the connection for questions broke".into())
     }
 }
 
@@ -211,6 +282,8 @@ async fn supervise(
                     generation: GENERATIONS.fetch_add(1, Ordering::Relaxed),
                     plain: endpoint.tls.is_none().then(|| host.clone()),
                     scout: scout.clone(),
+                    asked: AtomicU32::new(0),
+                    idle: Mutex::default(),
                     worn: Notify::new(),
                     dead: watch::Sender::new(false),
                 });
@@ -218,6 +291,11 @@ async fn supervise(
                 let ended = tokio::select! {
                     why = death(&wire.connection) => Some(why),
                     () = wire.worn.notified() => {
+                        if wire.asked.load(Ordering::Relaxed) > 0 {
+                            now.send_replace(Now::Down(None));
+                            tokio::spawn(retire(wire));
+                            continue;
+                        }
                         let goodbye = wire.connection.close(200, "worn".into());
                         let _ = tokio::time::timeout(Duration::from_secs(2), goodbye).await;
                         Some("it was worn out".to_owned())
@@ -260,6 +338,17 @@ async fn supervise(
             }
         }
     }
+}
+
+/// Closes a connection for questions that is replaced, once the last of them is answered.
+async fn retire(wire: Arc<Wire>) {
+    let until = Instant::now() + LAST_QUESTIONS;
+    while Arc::strong_count(&wire) > 1 && Instant::now() < until {
+        tokio::time::sleep(LOOK).await;
+    }
+    let goodbye = wire.connection.close(200, "worn".into());
+    let _ = tokio::time::timeout(Duration::from_secs(2), goodbye).await;
+    wire.dead.send_replace(true);
 }
 
 /// Waits for the connection to break, and says why. A channel's errors are told here too, and end

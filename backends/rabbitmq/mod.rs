@@ -9,6 +9,10 @@
 //! guest's lane for requests (`requests`). The broker does not answer acks; `barrier` makes it.
 //!
 //! What every message looks like on the broker is in `letter`.
+//!
+//! The client library logs a message that comes back, with its body, as a warning of the target
+//! `lapin::returned_messages`, and each frame as a trace. It cannot be told not to: a program that must
+//! not have bodies in its log (law S4) filters `lapin` to errors, as the command does.
 
 mod ask;
 mod barrier;

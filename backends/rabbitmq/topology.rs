@@ -1,8 +1,13 @@
 //! Making queues, and what they were made with.
 
-use std::{num::NonZeroU32, sync::Arc};
+use std::{
+    num::NonZeroU32,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use lapin::{
+    Channel,
     options::{QueueBindOptions, QueueDeclareOptions, QueuePurgeOptions},
     types::{AMQPValue, FieldTable},
 };
@@ -32,6 +37,9 @@ const LIMIT_BASE: i64 = 10_000_000_000;
 /// of the gate (see `publish`).
 const LENGTH_BASE: i64 = 100_000;
 
+/// A count that took less is one: the broker gives up after 250 ms, and says that there is nothing.
+const COUNTED: Duration = Duration::from_millis(200);
+
 /// What the broker counts in a queue and beside it: what is ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Counts {
@@ -48,20 +56,24 @@ pub(super) async fn counts(wire: &Wire, queue: &QueueName) -> Result<Option<Coun
             passive: true,
             ..QueueDeclareOptions::default()
         };
-        channel.queue_declare(name.into(), options, FieldTable::default())
+        channel.answer(
+            channel
+                .channel()
+                .queue_declare(name.into(), options, FieldTable::default()),
+        )
     };
     let (main, dead, notes) = tokio::join!(
         look(queue.to_string()),
         look(dead_of(queue)),
         look(notes::notes_of(queue))
     );
-    let main = match main.map_err(Fault::from) {
+    let main = match main {
         Ok(main) => main,
         Err(Fault::Amqp(404, _)) => return Ok(None),
         Err(fault) => return Err(fault),
     };
     // One without the others is one whose delete was broken off.
-    let count = |looked: &lapin::Result<lapin::Queue>| {
+    let count = |looked: &Result<lapin::Queue, Fault>| {
         looked
             .as_ref()
             .map_or(0, |looked| u64::from(looked.message_count()))
@@ -72,7 +84,7 @@ pub(super) async fn counts(wire: &Wire, queue: &QueueName) -> Result<Option<Coun
         notes: count(&notes),
     };
     if dead.is_ok() && notes.is_ok() {
-        channel.close(200, "done".into()).await?;
+        channel.done();
     }
     Ok(Some(counts))
 }
@@ -134,10 +146,12 @@ pub(super) async fn probe(wire: &Wire, queue: &QueueName) -> Result<Option<Found
             asked = arguments(delivery_limit.unwrap_or(IMPOSSIBLE), known, queue);
         }
         let channel = wire.scout().await?;
-        let refused = channel
-            .queue_declare(queue.as_str().into(), index::declare_options(), asked)
-            .await;
-        let refusal = match refused.map_err(Fault::from) {
+        let refused = channel.answer(channel.channel().queue_declare(
+            queue.as_str().into(),
+            index::declare_options(),
+            asked,
+        ));
+        let refusal = match refused.await {
             Err(Fault::Amqp(406, text)) => text,
             Err(fault) => return Err(fault),
             Ok(_) => return Err(Fault::Lost("a queue took arguments that none takes".into())),
@@ -238,15 +252,15 @@ async fn declare_once(
     }
     // One at a time, so that one is told that it made it.
     let gate = lockqueue::take(core, wire, gate_of(queue)).await?;
+    let channel = wire.channel().await?;
     let declared = if counts(wire, queue).await?.is_some() {
         compare(wire, spec).await?;
         Declared::AlreadyExists
     } else {
-        make(core, wire, spec, deadline).await?;
+        make(core, wire, &channel, spec, deadline).await?;
         Declared::Created
     };
     // One that was made and not bound, before a crash, is bound now.
-    let channel = wire.channel().await?;
     bind(&channel, queue, spec.max_messages).await?;
     channel.close(200, "done".into()).await?;
     lock(&core.bound).insert(queue.clone());
@@ -295,29 +309,19 @@ async fn compare(wire: &Wire, spec: &QueueSpec) -> Result<bool, Fault> {
 async fn make(
     core: &Arc<Core>,
     wire: &Wire,
+    channel: &Channel,
     spec: &QueueSpec,
     deadline: Deadline,
 ) -> Result<(), Fault> {
     let queue = &spec.name;
-    index::add(core, wire, queue, deadline).await?;
-    let channel = wire.channel().await?;
-    for beside in [dead_of(queue), notes::notes_of(queue)] {
-        channel
-            .queue_declare(
-                beside.as_str().into(),
-                index::declare_options(),
-                index::durable(),
-            )
-            .await?;
-        // A delete that was broken off may have left something there.
-        let left = channel
-            .queue_purge(beside.into(), QueuePurgeOptions::default())
-            .await?;
-        if left > 0 {
-            tracing::warn!(%queue, left, "what an unfinished delete left was removed");
-        }
-    }
-    notes::begin(core, spec, deadline).await?;
+    let side = wire.channel().await?;
+    let dead = beside(&side, queue, dead_of(queue));
+    let notes = async {
+        beside(channel, queue, notes::notes_of(queue)).await?;
+        notes::begin(core, spec, deadline).await
+    };
+    tokio::try_join!(index::add(core, wire, queue, deadline), dead, notes)?;
+    side.close(200, "done".into()).await?;
     let asked = arguments(
         limit_argument(spec.delivery_limit),
         length_argument(spec.max_messages),
@@ -327,7 +331,30 @@ async fn make(
         .queue_declare(queue.as_str().into(), index::declare_options(), asked)
         .await?;
     core.note_made(queue);
-    channel.close(200, "done".into()).await?;
+    Ok(())
+}
+
+/// Makes one of those beside a queue, with nothing in it.
+async fn beside(channel: &Channel, queue: &QueueName, name: String) -> Result<(), Fault> {
+    let asked = Instant::now();
+    let made = channel
+        .queue_declare(
+            name.as_str().into(),
+            index::declare_options(),
+            index::durable(),
+        )
+        .await?;
+    // The broker counts nothing where it cannot count in time.
+    if made.message_count() == 0 && asked.elapsed() < COUNTED {
+        return Ok(());
+    }
+    // A delete that was broken off may have left something there.
+    let left = channel
+        .queue_purge(name.into(), QueuePurgeOptions::default())
+        .await?;
+    if left > 0 {
+        tracing::warn!(%queue, left, "what an unfinished delete left was removed");
+    }
     Ok(())
 }
 

@@ -81,7 +81,9 @@ fn set_up_logging() -> Outcome<()> {
     let Ok(filter) = std::env::var("WILCO_LOG") else {
         return Ok(());
     };
-    let filter = EnvFilter::try_new(&filter).map_err(|error| {
+    // S4: RabbitMQ's client shows a returned message with its body as a warning, and frames below that.
+    let bounded = format!("{filter},lapin=error");
+    let filter = EnvFilter::try_new(bounded).map_err(|error| {
         Problem::input(format!(
             "WILCO_LOG is {filter:?}: {error}; expected such as info or wilco=debug"
         ))
