@@ -30,16 +30,19 @@ macro_rules! on {
             }
 
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            #[ignore = "open: see CONTRIBUTING.md"]
             async fn the_readme_fleet_ends_as_it_should_and_is_not_run_again() {
                 run(fleet::readme_fleet).await;
             }
 
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            #[ignore = "open: see CONTRIBUTING.md"]
             async fn crash_of_the_control_plane_at_any_moment_changes_no_outcome() {
                 run(fleet::crash_of_the_control_plane).await;
             }
 
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            #[ignore = "open: see CONTRIBUTING.md"]
             async fn crash_of_guests_at_any_moment_runs_no_prepare_twice() {
                 run(fleet::crash_of_guests).await;
             }
