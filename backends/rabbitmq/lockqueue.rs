@@ -20,6 +20,11 @@ use crate::deadline::Deadline;
 /// Makes an exclusive queue. `Ok(None)`: another connection has it.
 pub(super) async fn try_exclusive(wire: &Wire, name: &str) -> Result<Option<Channel>, Fault> {
     let channel = wire.channel().await?;
+    Ok(declare(&channel, name).await?.then_some(channel))
+}
+
+/// False: another connection has it.
+async fn declare(channel: &Channel, name: &str) -> Result<bool, Fault> {
     let options = QueueDeclareOptions {
         exclusive: true,
         ..QueueDeclareOptions::default()
@@ -28,9 +33,9 @@ pub(super) async fn try_exclusive(wire: &Wire, name: &str) -> Result<Option<Chan
         .queue_declare(name.into(), options, FieldTable::default())
         .await;
     match made.map_err(Fault::from) {
-        Ok(_) => Ok(Some(channel)),
+        Ok(_) => Ok(true),
         // Not found: its last owner is about to give it back.
-        Err(Fault::Amqp(405 | 404, _)) => Ok(None),
+        Err(Fault::Amqp(405 | 404, _)) => Ok(false),
         Err(fault) => Err(fault),
     }
 }
@@ -45,20 +50,26 @@ pub(super) struct Guard {
 
 /// Waits for the lock. Whoever waits is bound by a deadline of its own.
 pub(super) async fn take(core: &Arc<Core>, wire: &Wire, name: String) -> Result<Guard, Fault> {
-    let turn = core.turn(&name).lock_owned().await;
+    let mut turn = Some(core.turn(&name).lock_owned().await);
     let look = Deadline::after(Duration::from_secs(60));
     loop {
         // A refusal costs a channel for good; a look costs nothing.
         while is_attended(core, &name, look).await? {
             tokio::time::sleep(AGAIN).await;
         }
-        if let Some(channel) = try_exclusive(wire, &name).await? {
-            return Ok(Guard {
-                channel: Some(channel),
-                name,
-                turn: Some(turn),
-            });
+        let channel = wire.channel().await?;
+        // A guard before it is held: whoever gives up while the broker answers may have it already, and
+        // would keep everybody out for as long as the connection lives.
+        let mut guard = Guard {
+            channel: Some(channel.clone()),
+            name: name.clone(),
+            turn: turn.take(),
+        };
+        if declare(&channel, &name).await? {
+            return Ok(guard);
         }
+        guard.channel = None;
+        turn = guard.turn.take();
         tokio::time::sleep(AGAIN).await;
     }
 }
@@ -81,7 +92,8 @@ impl Drop for Guard {
             runtime.spawn(async move {
                 let _turn = turn;
                 // Where this fails the connection is gone, and the lock with it.
-                let _ = give_back(channel, &name).await;
+                let back = give_back(channel, &name);
+                let _ = tokio::time::timeout(Duration::from_secs(10), back).await;
             });
         }
     }
