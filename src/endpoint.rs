@@ -59,10 +59,6 @@ pub(crate) struct Tls {
     allow(dead_code, reason = "not every build has TLS")
 )]
 #[derive(Clone)]
-#[cfg_attr(
-    not(feature = "tls"),
-    allow(dead_code, reason = "not every backend does TLS without the feature")
-)]
 pub(crate) struct Identity {
     pub(crate) certificate: Vec<u8>,
     pub(crate) key: Vec<u8>,
