@@ -327,7 +327,7 @@ mod tests {
         }
         let error = parse("amqp://user:hunter2@host:port").unwrap_err();
         assert!(!format!("{error} {error:?}").contains("hunter2"));
-        let error = parse("amqp://user:hunter2@host").unwrap_err();
+        let error = parse("kafka://user:hunter2@host").unwrap_err();
         assert!(!format!("{error} {error:?}").contains("hunter2"));
     }
 }

@@ -14,7 +14,7 @@ fn command(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_wilco-conformance"))
         .args(args)
         .output()
-        .unwrap()
+        .expect("this package's own program")
 }
 
 #[track_caller]
