@@ -1,5 +1,6 @@
 //! The page in a real browser: all cells are there, nothing is cut off on a phone, and nothing that a
 //! broker said runs as a script. Where there is no Chromium that is told, and is no pass.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 mod made;
 
