@@ -140,6 +140,9 @@ async fn cut_server(
     let port = free_port().unwrap();
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let directory = TempDir::new_in(disk.path()).unwrap();
+    // The directory is ours to sync; what is in it is the server's.
+    let root = std::fs::File::open(disk.path()).unwrap();
+    root.sync_all().unwrap();
     let server = Process::new(address, directory, move |directory| {
         command(directory, port)
     });
