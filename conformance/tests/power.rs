@@ -141,8 +141,10 @@ async fn cut_server(
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let directory = TempDir::new_in(disk.path()).unwrap();
     // The directory is ours to sync; what is in it is the server's.
-    let root = std::fs::File::open(disk.path()).unwrap();
-    root.sync_all().unwrap();
+    std::fs::File::open(disk.path())
+        .unwrap()
+        .sync_all()
+        .unwrap();
     let server = Process::new(address, directory, move |directory| {
         command(directory, port)
     });
