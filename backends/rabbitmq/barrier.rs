@@ -11,7 +11,7 @@
 //! A channel holds back settlements once 32 commands wait for the queue's log: not more than
 //! [`MOST_FRAMES`] may stand before one barrier.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lapin::{
     Channel,
@@ -47,21 +47,41 @@ pub(super) async fn pass(channel: &Channel, queue: &str) -> Result<(), Fault> {
     Ok(())
 }
 
+/// A count of nothing that took longer is none: the broker gives up after 250 ms, and says that there is
+/// nothing.
+pub(super) const COUNTED: Duration = Duration::from_millis(200);
+
+/// How long what was given back is waited for: somebody who does not know of the locks may take it.
+const BACK: Duration = Duration::from_secs(20);
+
 /// How many messages are ready in a queue that is there.
 pub(super) async fn ready(channel: &Channel, queue: &str) -> Result<u64, Fault> {
-    let options = QueueDeclareOptions {
-        passive: true,
-        ..QueueDeclareOptions::default()
-    };
-    let looked = channel
-        .queue_declare(queue.into(), options, FieldTable::default())
-        .await?;
-    Ok(u64::from(looked.message_count()))
+    loop {
+        let options = QueueDeclareOptions {
+            passive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let asked = Instant::now();
+        let looked = channel
+            .queue_declare(queue.into(), options, FieldTable::default())
+            .await?;
+        if looked.message_count() > 0 || asked.elapsed() < COUNTED {
+            return Ok(u64::from(looked.message_count()));
+        }
+    }
 }
 
 /// Returns when so many are ready: what this channel gave back, and nobody else takes.
 pub(super) async fn until_ready(channel: &Channel, queue: &str, most: u64) -> Result<(), Fault> {
+    let until = Instant::now() + BACK;
     while ready(channel, queue).await? < most {
+        if Instant::now() > until {
+            tracing::warn!(
+                queue,
+                "somebody takes messages that were given back under a lock"
+            );
+            return Ok(());
+        }
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     Ok(())

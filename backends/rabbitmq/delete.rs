@@ -11,6 +11,7 @@ use lapin::{Channel, options::QueueDeleteOptions, types::FieldTable};
 
 use super::{
     ask::{Asked, ask},
+    barrier,
     connection::{AGAIN, Core, EXCHANGE},
     dead::dead_of,
     fault::Fault,
@@ -67,11 +68,19 @@ async fn delete_once(
         };
     };
     if mode == DeleteMode::IfEmpty {
-        refuse_if_held(core, wire, queue, deadline).await?;
+        // Most are refused without disturbing a publisher; what a consumer holds is seen below.
+        let counts = topology::counts(wire, queue).await?;
+        if counts.is_some_and(|counts| counts.ready + counts.dead > 0) {
+            refuse_if_held(core, wire, queue, deadline).await?;
+        }
     }
     let fence = Fence::raise(core, wire, queue, found.max_messages).await?;
     if mode == DeleteMode::IfEmpty {
-        // Once more, with nobody publishing.
+        // Once more, with nobody publishing. The broker says that there is nothing in a queue whose leader
+        // does not run; it has to do something for us first.
+        let channel = wire.channel().await?;
+        barrier::pass(&channel, queue.as_str()).await?;
+        channel.close(200, "done".into()).await?;
         refuse_if_held(core, wire, queue, deadline).await?;
     }
     let lane = lock_of(queue);

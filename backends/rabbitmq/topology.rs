@@ -1,10 +1,6 @@
 //! Making queues, and what they were made with.
 
-use std::{
-    num::NonZeroU32,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{num::NonZeroU32, sync::Arc, time::Instant};
 
 use lapin::{
     Channel,
@@ -13,6 +9,7 @@ use lapin::{
 };
 
 use super::{
+    barrier::COUNTED,
     connection::{Core, EXCHANGE},
     dead::dead_of,
     fault::Fault,
@@ -37,9 +34,6 @@ const LIMIT_BASE: i64 = 10_000_000_000;
 /// of the gate (see `publish`).
 const LENGTH_BASE: i64 = 100_000;
 
-/// A count that took less is one: the broker gives up after 250 ms, and says that there is nothing.
-const COUNTED: Duration = Duration::from_millis(200);
-
 /// What the broker counts in a queue and beside it: what is ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Counts {
@@ -51,16 +45,23 @@ pub(super) struct Counts {
 /// `None`: there is no such queue.
 pub(super) async fn counts(wire: &Wire, queue: &QueueName) -> Result<Option<Counts>, Fault> {
     let channel = wire.scout().await?;
-    let look = |name: String| {
-        let options = QueueDeclareOptions {
-            passive: true,
-            ..QueueDeclareOptions::default()
-        };
-        channel.answer(
-            channel
-                .channel()
-                .queue_declare(name.into(), options, FieldTable::default()),
-        )
+    let look = async |name: String| {
+        loop {
+            let options = QueueDeclareOptions {
+                passive: true,
+                ..QueueDeclareOptions::default()
+            };
+            let asked = Instant::now();
+            let looked = channel.answer(channel.channel().queue_declare(
+                name.as_str().into(),
+                options,
+                FieldTable::default(),
+            ));
+            let looked = looked.await?;
+            if looked.message_count() > 0 || asked.elapsed() < COUNTED {
+                return Ok::<_, Fault>(looked);
+            }
+        }
     };
     let (main, dead, notes) = tokio::join!(
         look(queue.to_string()),
