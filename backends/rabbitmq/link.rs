@@ -46,6 +46,9 @@ const QUESTIONS: u32 = 1_000;
 /// How long the last questions over such a connection may take.
 const LAST_QUESTIONS: Duration = Duration::from_secs(5);
 
+/// How long after its connection broke a call may take to fail.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
+
 /// How many channels for questions wait for the next one at most.
 const IDLE: usize = 16;
 
@@ -123,6 +126,13 @@ impl Wire {
     pub(super) async fn until_dead(&self) {
         // Fails only without a sender, and `self` has it.
         let _ = self.dead.subscribe().wait_for(|dead| *dead).await;
+    }
+
+    /// Waits for the connection to break, and for those who wait for answers to have learned it. Whoever
+    /// waits then, waits for ever.
+    pub(super) async fn until_over(&self) {
+        self.until_dead().await;
+        tokio::time::sleep(LAST_ANSWERS).await;
     }
 
     /// Whether the broker does not take publishes for now.
@@ -322,7 +332,7 @@ async fn supervise(
                 now.send_replace(Now::Refused(why));
             }
             Ok(Err(error)) => {
-                let why = format!("{host}: {}", super::fault::text(&error));
+                let why = format!("{host}: {}", failed(&endpoint, &error));
                 now.send_replace(Now::Down(Some(why)));
             }
             Err(_) => {
@@ -337,6 +347,19 @@ async fn supervise(
                 () = unwanted(&now) => return,
             }
         }
+    }
+}
+
+/// Why no connection was made. A server that misses a client's certificate often just hangs up.
+fn failed(endpoint: &Endpoint, error: &lapin::Error) -> String {
+    let text = super::fault::text(error);
+    match (&endpoint.tls, error.kind()) {
+        (Some(tls), lapin::ErrorKind::IOError(_)) if tls.identity.is_none() => format!(
+            "over TLS: {text}; if the server wants a client certificate, the options cert and key \
+             name one"
+        ),
+        (Some(_), lapin::ErrorKind::IOError(_)) => format!("over TLS: {text}"),
+        _ => text,
     }
 }
 

@@ -17,6 +17,12 @@ use super::{
 };
 use crate::deadline::Deadline;
 
+/// How long the broker may take to be given a lock back that nobody waits for.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether there is anything to be given back still.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// Makes an exclusive queue. `Ok(None)`: another connection has it.
 pub(super) async fn try_exclusive(wire: &Wire, name: &str) -> Result<Option<Channel>, Fault> {
     let channel = wire.channel().await?;
@@ -91,9 +97,17 @@ impl Drop for Guard {
             let (name, turn) = (std::mem::take(&mut self.name), self.turn.take());
             runtime.spawn(async move {
                 let _turn = turn;
-                // Where this fails the connection is gone, and the lock with it.
-                let back = give_back(channel, &name);
-                let _ = tokio::time::timeout(Duration::from_secs(10), back).await;
+                let gone = async {
+                    while channel.status().connected() {
+                        tokio::time::sleep(LOOK).await;
+                    }
+                };
+                let back = give_back(channel.clone(), &name);
+                tokio::select! {
+                    _ = tokio::time::timeout(PATIENCE, back) => {}
+                    // The lock went with it.
+                    () = gone => {}
+                }
             });
         }
     }

@@ -184,9 +184,14 @@ impl Outbox {
         for _ in 0..CHANNELS {
             owners.spawn(own(Arc::clone(&self), Arc::clone(&wire)));
         }
-        wire.until_dead().await;
-        // Each ends by itself: its channel is gone.
-        while owners.join_next().await.is_some() {}
+        let ended = async { while owners.join_next().await.is_some() {} };
+        tokio::select! {
+            () = ended => {}
+            // Each ends by itself, but for those that wait on a broken connection for ever: what they had
+            // sent is lost, as far as anybody knows.
+            () = wire.until_over() => {}
+        }
+        owners.shutdown().await;
     }
 }
 

@@ -209,10 +209,16 @@ async fn attend(
                 };
                 if over || lane.is_leaving() {
                     let options = QueueDeleteOptions::default();
-                    let _ = channel
-                        .queue_delete(lane.name.as_str().into(), options)
-                        .await;
-                    let _ = channel.close(200, "done".into()).await;
+                    let leaving = async {
+                        let name = lane.name.as_str().into();
+                        let _ = channel.queue_delete(name, options).await;
+                        let _ = channel.close(200, "done".into()).await;
+                    };
+                    tokio::select! {
+                        () = leaving => {}
+                        // The lane went with it.
+                        () = wire.until_dead() => {}
+                    }
                     break;
                 }
                 continue;
