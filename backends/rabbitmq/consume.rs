@@ -249,7 +249,7 @@ pub(super) async fn consume(
 }
 
 /// One of a queue in this handle: the broker would let its own connection in twice. Returns those that
-/// only wait for their last deliveries to be settled.
+/// are leaving, or only wait for their last deliveries to be settled.
 fn reserve(core: &Core, holder: &Arc<Holder>) -> Result<Vec<Arc<Holder>>> {
     let mut holders = lock(&core.holders);
     holders.retain(|other| {
@@ -261,11 +261,9 @@ fn reserve(core: &Core, holder: &Arc<Holder>) -> Result<Vec<Arc<Holder>>> {
         if other.queue != holder.queue {
             continue;
         }
-        let state = lock(&other.state);
-        if state.phase != Phase::Leaving || state.handed == 0 {
+        if lock(&other.state).phase != Phase::Leaving {
             return Err(hold::conflict());
         }
-        drop(state);
         in_the_way.push(other);
     }
     holders.push(Arc::downgrade(holder));

@@ -24,6 +24,7 @@ mod durability;
 mod fault;
 mod hold;
 mod index;
+mod leave;
 mod letter;
 mod link;
 mod lockqueue;
@@ -33,6 +34,7 @@ mod publish;
 mod requests;
 mod settle;
 mod shelf;
+mod station;
 mod status;
 mod topology;
 

@@ -16,11 +16,11 @@ use super::{
     consume::{Holder, Settle},
     dead,
     fault::Fault,
-    hold::{Station, refuse},
     letter::Death,
     lock,
     notes::Due,
     post::Answer,
+    station::{Station, refuse},
 };
 use crate::{
     broker::Settlement,
@@ -258,9 +258,13 @@ impl Station {
     fn told(&mut self, holder: &Arc<Holder>, done: Vec<(u64, Fate, Reply)>) {
         let mut replies = Vec::with_capacity(done.len());
         for (tag, fate, reply) in done {
-            if let Some(out) = self.out.remove(&tag)
-                && fate == Fate::Removed
-            {
+            let Some(out) = self.out.remove(&tag) else {
+                replies.push(reply);
+                continue;
+            };
+            if fate == Fate::Returned {
+                self.returned.insert(out.key);
+            } else {
                 self.not_before.remove(&out.key);
                 if let Some(register) = &mut self.register {
                     register.notes.uncounted.remove(&out.key);
