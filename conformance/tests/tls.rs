@@ -20,7 +20,10 @@ use wilco::{
     Broker, Deadline, ErrorKind, GuestAddress, GuestId, Message,
     broker::{DeleteMode, QueueSpec},
 };
-use wilco_conformance::process::{Process, free_port};
+use wilco_conformance::{
+    harnesses::rabbitmq,
+    process::{Process, free_port},
+};
 
 /// Long enough for any handshake, short enough to wait for one that is refused.
 const WITHIN: Duration = Duration::from_secs(5);
@@ -185,6 +188,41 @@ const NATS: Kind = Kind {
     },
 };
 
+/// A client shows who it is by its certificate alone, where it has one: the user is its common name.
+const RABBITMQ: Kind = Kind {
+    scheme: "amqps",
+    command: |pki, setup, port, directory| {
+        let configuration = match setup.certificate {
+            None => format!("listeners.tcp.1 = 127.0.0.1:{port}\n"),
+            Some(name) => {
+                let (verify, or_fail, mechanism) = if setup.mutual {
+                    ("verify_peer", true, "EXTERNAL")
+                } else {
+                    ("verify_none", false, "PLAIN")
+                };
+                format!(
+                    "listeners.tcp = none\n\
+                     listeners.ssl.1 = 127.0.0.1:{port}\n\
+                     ssl_options.cacertfile = {}\n\
+                     ssl_options.certfile = {}\n\
+                     ssl_options.keyfile = {}\n\
+                     ssl_options.verify = {verify}\n\
+                     ssl_options.fail_if_no_peer_cert = {or_fail}\n\
+                     auth_mechanisms.1 = {mechanism}\n\
+                     ssl_cert_login_from = common_name\n\
+                     default_user = {}\n",
+                    pki.path("ca.pem"),
+                    pki.path(&format!("{name}.pem")),
+                    pki.path(&format!("{name}.key")),
+                    if setup.mutual { "vm-1" } else { "guest" },
+                )
+            }
+        };
+        let command = rabbitmq::command(port, &configuration, "rabbitmq_auth_mechanism_ssl");
+        command.expect("RabbitMQ is here")(directory)
+    },
+};
+
 /// A server of this kind and set up like this, which takes connections.
 async fn start(kind: Kind, pki: &Arc<Pki>, setup: Setup) -> Process {
     let port = free_port().expect("a port");
@@ -285,4 +323,9 @@ async fn s3_redis() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s3_nats() {
     s3(NATS).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s3_rabbitmq() {
+    s3(RABBITMQ).await;
 }

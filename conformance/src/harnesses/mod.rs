@@ -3,7 +3,7 @@
 mod embedded;
 mod handles;
 mod nats;
-mod rabbitmq;
+pub mod rabbitmq;
 mod redis;
 mod reference;
 mod url;
