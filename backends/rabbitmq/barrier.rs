@@ -47,16 +47,19 @@ pub(super) async fn pass(channel: &Channel, queue: &str) -> Result<(), Fault> {
     Ok(())
 }
 
-/// A count of nothing that took longer is none: the broker gives up after 250 ms, and says that there is
-/// nothing.
+/// A count of nothing that took longer may be none: the broker gives up after 250 ms, and says that there
+/// is nothing. Or the way is long.
 pub(super) const COUNTED: Duration = Duration::from_millis(200);
+
+/// So often in turn the broker is not believed then.
+pub(super) const COUNTS: usize = 3;
 
 /// How long what was given back is waited for: somebody who does not know of the locks may take it.
 const BACK: Duration = Duration::from_secs(20);
 
 /// How many messages are ready in a queue that is there.
 pub(super) async fn ready(channel: &Channel, queue: &str) -> Result<u64, Fault> {
-    loop {
+    for _ in 0..COUNTS {
         let options = QueueDeclareOptions {
             passive: true,
             ..QueueDeclareOptions::default()
@@ -69,6 +72,7 @@ pub(super) async fn ready(channel: &Channel, queue: &str) -> Result<u64, Fault> 
             return Ok(u64::from(looked.message_count()));
         }
     }
+    Ok(0)
 }
 
 /// Returns when so many are ready: what this channel gave back, and nobody else takes.

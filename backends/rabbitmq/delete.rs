@@ -78,9 +78,9 @@ async fn delete_once(
     if mode == DeleteMode::IfEmpty {
         // Once more, with nobody publishing. The broker says that there is nothing in a queue whose leader
         // does not run; it has to do something for us first.
-        let channel = wire.channel().await?;
+        let channel = wire.spare().await?;
         barrier::pass(&channel, queue.as_str()).await?;
-        channel.close(200, "done".into()).await?;
+        wire.spares().keep(channel);
         refuse_if_held(core, wire, queue, deadline).await?;
     }
     let lane = lock_of(queue);
@@ -212,7 +212,7 @@ impl Fence {
             max_messages,
             keep: false,
         };
-        let channel = wire.channel().await?;
+        let channel = wire.spare().await?;
         channel
             .queue_unbind(
                 queue.as_str().into(),
@@ -221,7 +221,7 @@ impl Fence {
                 FieldTable::default(),
             )
             .await?;
-        channel.close(200, "done".into()).await?;
+        wire.spares().keep(channel);
         Ok(fence)
     }
 
@@ -279,19 +279,19 @@ async fn take_down(
         );
         shelves.push(shelf);
     }
-    let channel = wire.channel().await?;
-    let beside = wire.channel().await?;
+    let channel = wire.spare().await?;
+    let beside = wire.spare().await?;
     let (dead, _) = tokio::try_join!(
         gone(&beside, dead_of(queue)),
         gone(&channel, notes::notes_of(queue))
     )?;
-    beside.close(200, "done".into()).await?;
+    wire.spares().keep(beside);
     let held = ids.len() as u64;
     // The broker counts what nobody holds.
     let rest = gone(&channel, queue.to_string()).await?;
     let discarded = Discarded::new(held + rest + dead, ids);
     *lock(known) = Some(discarded.clone());
-    channel.close(200, "done".into()).await?;
+    wire.spares().keep(channel);
     drop(shelves);
     reading.release().await?;
     Ok(discarded)

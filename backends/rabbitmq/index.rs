@@ -47,11 +47,11 @@ pub(super) async fn add(
     queue: &QueueName,
     deadline: Deadline,
 ) -> Result<(), Fault> {
-    let channel = wire.channel().await?;
+    let channel = wire.spare().await?;
     channel
         .queue_declare(INDEX.into(), declare_options(), durable())
         .await?;
-    channel.close(200, "done".into()).await?;
+    wire.spares().keep(channel);
     put(core, INDEX, queue.as_str().into(), deadline).await
 }
 

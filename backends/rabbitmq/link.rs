@@ -49,7 +49,7 @@ const LAST_QUESTIONS: Duration = Duration::from_secs(5);
 /// How long after its connection broke a call may take to fail.
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
 
-/// How many channels for questions wait for the next one at most.
+/// How many channels of a sort wait for the next who needs one at most.
 const IDLE: usize = 16;
 
 /// How many numbers in turn may be of no use until a connection is worn out.
@@ -70,6 +70,8 @@ pub(super) struct Wire {
     asked: AtomicU32,
     /// Those that were refused nothing, and ask nothing now.
     idle: Mutex<Vec<Channel>>,
+    /// Those that were refused nothing, and have nothing on them, for the next who needs one.
+    spare: Spare,
     /// It has to be made anew.
     worn: Notify,
     dead: watch::Sender<bool>,
@@ -99,6 +101,21 @@ impl Wire {
         }
         self.worn.notify_one();
         Err(Fault::Lost("it has too few channels left".into()))
+    }
+
+    /// A channel for a few calls, to be [kept](Spare::keep) when they are done: to open one costs the
+    /// broker more than most calls do.
+    pub(super) async fn spare(&self) -> Result<Channel, Fault> {
+        let spare = lock(&self.spare.0).pop();
+        match spare.filter(|channel| channel.status().connected()) {
+            Some(channel) => Ok(channel),
+            None => self.channel().await,
+        }
+    }
+
+    /// Where such channels are kept.
+    pub(super) fn spares(&self) -> &Spare {
+        &self.spare
     }
 
     /// A channel for what may be refused.
@@ -138,6 +155,20 @@ impl Wire {
     /// Whether the broker does not take publishes for now.
     pub(super) fn is_blocked(&self) -> bool {
         self.connection.status().blocked()
+    }
+}
+
+/// Open channels that nobody uses now.
+#[derive(Clone, Default)]
+pub(super) struct Spare(Arc<Mutex<Vec<Channel>>>);
+
+impl Spare {
+    /// Keeps a channel that has no consumer, no message and no limit on it. One too many is closed.
+    pub(super) fn keep(&self, channel: Channel) {
+        let mut spare = lock(&self.0);
+        if spare.len() < IDLE {
+            spare.push(channel);
+        }
     }
 }
 
@@ -294,6 +325,7 @@ async fn supervise(
                     scout: scout.clone(),
                     asked: AtomicU32::new(0),
                     idle: Mutex::default(),
+                    spare: Spare::default(),
                     worn: Notify::new(),
                     dead: watch::Sender::new(false),
                 });

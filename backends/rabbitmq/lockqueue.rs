@@ -13,7 +13,7 @@ use super::{
     ask::is_attended,
     connection::{AGAIN, Core},
     fault::Fault,
-    link::Wire,
+    link::{Spare, Wire},
 };
 use crate::deadline::Deadline;
 
@@ -50,6 +50,7 @@ async fn declare(channel: &Channel, name: &str) -> Result<bool, Fault> {
 pub(super) struct Guard {
     channel: Option<Channel>,
     name: String,
+    spares: Spare,
     /// Given up last: until the lock is gone, this connection would be given it a second time.
     turn: Option<tokio::sync::OwnedMutexGuard<()>>,
 }
@@ -63,12 +64,13 @@ pub(super) async fn take(core: &Arc<Core>, wire: &Wire, name: String) -> Result<
         while is_attended(core, &name, look).await? {
             tokio::time::sleep(AGAIN).await;
         }
-        let channel = wire.channel().await?;
+        let channel = wire.spare().await?;
         // A guard before it is held: whoever gives up while the broker answers may have it already, and
         // would keep everybody out for as long as the connection lives.
         let mut guard = Guard {
             channel: Some(channel.clone()),
             name: name.clone(),
+            spares: wire.spares().clone(),
             turn: turn.take(),
         };
         if declare(&channel, &name).await? {
@@ -83,7 +85,7 @@ pub(super) async fn take(core: &Arc<Core>, wire: &Wire, name: String) -> Result<
 impl Guard {
     pub(super) async fn release(mut self) -> Result<(), Fault> {
         match self.channel.take() {
-            Some(channel) => give_back(channel, &self.name).await,
+            Some(channel) => give_back(channel, &self.name, &self.spares).await,
             None => Ok(()),
         }
     }
@@ -95,6 +97,7 @@ impl Drop for Guard {
             (self.channel.take(), tokio::runtime::Handle::try_current())
         {
             let (name, turn) = (std::mem::take(&mut self.name), self.turn.take());
+            let spares = self.spares.clone();
             runtime.spawn(async move {
                 let _turn = turn;
                 let gone = async {
@@ -102,7 +105,7 @@ impl Drop for Guard {
                         tokio::time::sleep(LOOK).await;
                     }
                 };
-                let back = give_back(channel.clone(), &name);
+                let back = give_back(channel.clone(), &name, &spares);
                 tokio::select! {
                     _ = tokio::time::timeout(PATIENCE, back) => {}
                     // The lock went with it.
@@ -113,9 +116,10 @@ impl Drop for Guard {
     }
 }
 
-async fn give_back(channel: Channel, name: &str) -> Result<(), Fault> {
+async fn give_back(channel: Channel, name: &str, spares: &Spare) -> Result<(), Fault> {
     channel
         .queue_delete(name.into(), QueueDeleteOptions::default())
         .await?;
-    Ok(channel.close(200, "done".into()).await?)
+    spares.keep(channel);
+    Ok(())
 }

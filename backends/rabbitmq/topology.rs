@@ -9,7 +9,7 @@ use lapin::{
 };
 
 use super::{
-    barrier::COUNTED,
+    barrier::{COUNTED, COUNTS},
     connection::{Core, EXCHANGE},
     dead::dead_of,
     fault::Fault,
@@ -46,6 +46,7 @@ pub(super) struct Counts {
 pub(super) async fn counts(wire: &Wire, queue: &QueueName) -> Result<Option<Counts>, Fault> {
     let channel = wire.scout().await?;
     let look = async |name: String| {
+        let mut tries = 0;
         loop {
             let options = QueueDeclareOptions {
                 passive: true,
@@ -58,7 +59,8 @@ pub(super) async fn counts(wire: &Wire, queue: &QueueName) -> Result<Option<Coun
                 FieldTable::default(),
             ));
             let looked = looked.await?;
-            if looked.message_count() > 0 || asked.elapsed() < COUNTED {
+            tries += 1;
+            if looked.message_count() > 0 || asked.elapsed() < COUNTED || tries == COUNTS {
                 return Ok::<_, Fault>(looked);
             }
         }
@@ -253,7 +255,7 @@ async fn declare_once(
     }
     // One at a time, so that one is told that it made it.
     let gate = lockqueue::take(core, wire, gate_of(queue)).await?;
-    let channel = wire.channel().await?;
+    let channel = wire.spare().await?;
     let declared = if counts(wire, queue).await?.is_some() {
         compare(wire, spec).await?;
         Declared::AlreadyExists
@@ -263,7 +265,7 @@ async fn declare_once(
     };
     // One that was made and not bound, before a crash, is bound now.
     bind(&channel, queue, spec.max_messages).await?;
-    channel.close(200, "done".into()).await?;
+    wire.spares().keep(channel);
     lock(&core.bound).insert(queue.clone());
     core.gates.learn(queue, spec.max_messages);
     gate.release().await?;
@@ -315,14 +317,14 @@ async fn make(
     deadline: Deadline,
 ) -> Result<(), Fault> {
     let queue = &spec.name;
-    let side = wire.channel().await?;
+    let side = wire.spare().await?;
     let dead = beside(&side, queue, dead_of(queue));
     let notes = async {
         beside(channel, queue, notes::notes_of(queue)).await?;
         notes::begin(core, spec, deadline).await
     };
     tokio::try_join!(index::add(core, wire, queue, deadline), dead, notes)?;
-    side.close(200, "done".into()).await?;
+    wire.spares().keep(side);
     let asked = arguments(
         limit_argument(spec.delivery_limit),
         length_argument(spec.max_messages),
