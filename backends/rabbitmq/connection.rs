@@ -125,13 +125,22 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<C
         lanes: Mutex::default(),
         id,
     });
-    let talk = core.talk.wire(deadline).await?;
     core.post.wire(deadline).await?;
     tokio::spawn(post(Arc::downgrade(&core)));
-    deadline
-        .bound(exchanges(&talk))
-        .await?
-        .map_err(Fault::error)?;
+    loop {
+        let talk = core.talk.wire(deadline).await?;
+        match deadline.bound(exchanges(&talk)).await? {
+            // One connection may break while the others are there: it is made again (law F5).
+            Err(Fault::Lost(why)) if !deadline.has_passed() => {
+                tracing::debug!(why, "the exchanges are looked at again");
+                let _ = deadline.bound(tokio::time::sleep(AGAIN)).await;
+            }
+            made => {
+                made.map_err(Fault::error)?;
+                break;
+            }
+        }
+    }
     Ok(core)
 }
 
