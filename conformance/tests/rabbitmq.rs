@@ -11,16 +11,13 @@ const NOT_RUN: &[&str] = &["f9_an_alarm_refuses_and_loses_nothing"];
 
 macro_rules! one {
     (c c11_what_was_buffered_keeps_its_place) => {
-        common::check!(c11_what_was_buffered_keeps_its_place, open "fails now and then: see CONTRIBUTING.md");
-    };
-    (c c12_one_consumer_is_served_the_other_is_told) => {
-        common::check!(c12_one_consumer_is_served_the_other_is_told, open "fails now and then: see CONTRIBUTING.md");
-    };
-    (f $name:ident) => {
-        common::check!($name, open "section F on RabbitMQ: see CONTRIBUTING.md");
+        common::check!(c11_what_was_buffered_keeps_its_place, open "its consume was late on a starved machine: see CONTRIBUTING.md");
     };
     (c c13_none_is_lost_around_the_first_attach) => {
         common::check!(c13_none_is_lost_around_the_first_attach, open "takes too long: see CONTRIBUTING.md");
+    };
+    (f f4_cut_behind_every_frame_in_turn) => {
+        common::check!(f4_cut_behind_every_frame_in_turn, open "not seen through: see CONTRIBUTING.md");
     };
     ($section:ident $name:ident) => {
         common::check!($name);

@@ -80,8 +80,8 @@ fn options(broker: &str) -> Options {
         return options;
     }
     Options {
-        // A start of RabbitMQ takes seven seconds, one of the others a moment.
-        kills: if broker == "rabbitmq" { 5 } else { 50 },
+        // A start of RabbitMQ takes five seconds of a processor's time, one of the others a moment.
+        kills: if broker == "rabbitmq" { 2 } else { 50 },
         outage: Duration::from_secs(8),
         ..options
     }
