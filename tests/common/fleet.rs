@@ -146,6 +146,10 @@ impl Fleet {
 impl Drop for Fleet {
     /// Ends what an interrupted run left, by the directory that only these processes know.
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Records, journals and the machines' consoles say what no message can.
+            self.place.keep();
+        }
         let ours = format!(
             "WILCO_FLEET_DIR={}",
             self.place.path().join("fleet").display()
