@@ -68,7 +68,12 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
     let malformed = fleet.malformed.len();
     let rows = tokio::select! {
         rows = run.all(fleet.guests, output) => rows,
-        () = interrupted() => return Err(run.stop().await),
+        () = interrupted() => {
+            let stopped = run.stop().await;
+            // Its place is free for whoever goes on, without waiting for a broker's lease to run out.
+            let _ = broker.close(patience()).await;
+            return Err(stopped);
+        }
     };
     let took = start.elapsed();
     collected(&*broker, &rows, run.machines.as_deref()).await;
