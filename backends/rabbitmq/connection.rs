@@ -10,7 +10,10 @@ use std::{
 };
 
 use lapin::{ExchangeKind, options::ExchangeDeclareOptions, types::FieldTable};
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 use uuid::Uuid;
 
 use super::{
@@ -73,6 +76,9 @@ pub(super) struct Core {
     pub(super) lanes: Mutex<Vec<Weak<Lane>>>,
 }
 
+/// How long after a connection broke that was just made.
+const BROKE: Duration = Duration::from_millis(50);
+
 pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<Core>> {
     let with_tls = url.scheme() == "amqps";
     let mut known = vec!["heartbeat", "fresh"];
@@ -125,14 +131,18 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<C
         lanes: Mutex::default(),
         id,
     });
-    let talk = core.talk.wire(deadline).await?;
     core.post.wire(deadline).await?;
     tokio::spawn(post(Arc::downgrade(&core)));
-    deadline
-        .bound(exchanges(&talk))
-        .await?
-        .map_err(Fault::error)?;
-    Ok(core)
+    loop {
+        let talk = core.talk.wire(deadline).await?;
+        match deadline.bound(exchanges(&talk)).await? {
+            Ok(()) => return Ok(core),
+            // A server that takes in many at once may drop one that it has just let in (law F5).
+            Err(fault @ Fault::Lost(_)) if deadline.has_passed() => return Err(fault.error()),
+            Err(Fault::Lost(_)) => sleep(BROKE).await,
+            Err(fault) => return Err(fault.error()),
+        }
+    }
 }
 
 /// Serves the outbox over each connection in turn.
