@@ -13,6 +13,8 @@ use common::{
 };
 use serde_json::Value;
 
+const ROUNDS: u64 = 5;
+
 #[test]
 fn the_readme_fleet_ends_as_it_should_and_is_not_run_again() {
     fleet::readme_fleet(None);
@@ -20,12 +22,12 @@ fn the_readme_fleet_ends_as_it_should_and_is_not_run_again() {
 
 #[test]
 fn crash_of_the_control_plane_at_any_moment_changes_no_outcome() {
-    fleet::crash_of_the_control_plane(None);
+    fleet::crash_of_the_control_plane(None, ROUNDS);
 }
 
 #[test]
 fn crash_of_guests_at_any_moment_runs_no_prepare_twice() {
-    fleet::crash_of_guests(None);
+    fleet::crash_of_guests(None, ROUNDS);
 }
 
 #[test]

@@ -149,6 +149,17 @@ impl Link {
             .await
     }
 
+    /// Whether the message that was stored at this place is still there.
+    pub(super) async fn holds(
+        &self,
+        names: &Names,
+        sequence: u64,
+        deadline: Deadline,
+    ) -> Result<bool> {
+        let place = json!({ "seq": sequence });
+        Ok(self.get(names, &place, deadline).await?.is_some())
+    }
+
     async fn get(&self, names: &Names, what: &Value, deadline: Deadline) -> Result<Option<Stored>> {
         let verb = format!("STREAM.MSG.GET.{}", names.stream);
         match self.api(&verb, what, deadline).await? {

@@ -42,7 +42,7 @@ pub(super) async fn publish(
         )
         .with_outcome(Outcome::NotStored));
     }
-    let headers = form::headers(&message, Deduplicated::ByItsId);
+    let mut headers = form::headers(&message, Deduplicated::ByItsId);
     let not_stored = |error: Error| error.with_outcome(Outcome::NotStored);
     // Bounds what a server has to take in at once; it drops what is too much.
     let room = deadline
@@ -78,7 +78,20 @@ pub(super) async fn publish(
         }
         if !answer.nobody() {
             let value = json_of(&answer).map_err(|error| error.with_outcome(Outcome::Unknown))?;
-            return confirmed(&value).map_err(|error| error.with_outcome(outcome));
+            let confirm = confirmed(&value).map_err(|error| error.with_outcome(outcome))?;
+            // One that was sent twice from here is its own duplicate, and may have been taken since.
+            if !confirm.duplicate || outcome == Outcome::Unknown {
+                return Ok(Receipt::new(confirm.duplicate));
+            }
+            let there = link.holds(&names, confirm.sequence, deadline).await;
+            if there.map_err(|error| error.with_outcome(outcome))? {
+                return Ok(Receipt::new(true));
+            }
+            // The server knows ids for longer than it has the messages: this one was taken or purged, and
+            // is sent anew (case W24), the same for all who find that. No message's id has a space.
+            let anew = format!("{} {}", message.id, confirm.sequence);
+            headers = form::headers(&message, Deduplicated::By(&anew));
+            continue;
         }
         // Nobody takes it: there is no such queue, or it takes nothing for the moment.
         let there = link.stream(&names, deadline).await;
@@ -94,12 +107,21 @@ pub(super) async fn publish(
 }
 
 /// What a server's confirm says.
-fn confirmed(value: &Value) -> Result<Receipt> {
+struct Confirm {
+    /// Where the message is, or was: of a duplicate, where the first one was put.
+    sequence: u64,
+    duplicate: bool,
+}
+
+fn confirmed(value: &Value) -> Result<Confirm> {
     if let Some(refusal) = Refusal::of(value) {
         return Err(refusal.into_error());
     }
     match value["seq"].as_u64() {
-        Some(1..) => Ok(Receipt::new(value["duplicate"] == true)),
+        Some(sequence @ 1..) => Ok(Confirm {
+            sequence,
+            duplicate: value["duplicate"] == true,
+        }),
         _ => Err(Error::new(
             ErrorKind::Undecodable,
             "the server's answer is neither a confirm nor a refusal",

@@ -10,7 +10,10 @@ use std::{
 };
 
 use lapin::{ExchangeKind, options::ExchangeDeclareOptions, types::FieldTable};
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 use uuid::Uuid;
 
 use super::{
@@ -73,6 +76,9 @@ pub(super) struct Core {
     pub(super) lanes: Mutex<Vec<Weak<Lane>>>,
 }
 
+/// How long after a connection broke that was just made.
+const BROKE: Duration = Duration::from_millis(50);
+
 pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<Core>> {
     let with_tls = url.scheme() == "amqps";
     let mut known = vec!["heartbeat", "fresh"];
@@ -133,7 +139,7 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<C
             // One connection may break while the others are there: it is made again (law F5).
             Err(Fault::Lost(why)) if !deadline.has_passed() => {
                 tracing::debug!(why, "the exchanges are looked at again");
-                let _ = deadline.bound(tokio::time::sleep(AGAIN)).await;
+                let _ = deadline.bound(sleep(BROKE)).await;
             }
             made => {
                 made.map_err(Fault::error)?;

@@ -32,6 +32,7 @@ macro_rules! for_each_check {
             p::p1_ok_outlives_a_restart, "P1", "what was Ok outlives a restart of the broker";
             p::p2_a_refusal_is_not_stored, "P2", "full or too large: an error that says NotStored, in time";
             p::p3_a_resend_with_the_same_id_is_one_message, "P3", "cut off and sent again: delivered, once where recognised";
+            p::p3_an_id_is_free_when_its_message_is_gone, "P3", "sent again after its ack: delivered again";
             p::p4_not_stored_never_shows_up, "P4", "NotStored is final";
             p::p5_a_cancelled_publish_never_harms_the_next, "P5", "publishes cut off at every poll: the next is fine";
             p::p5_a_cancelled_call_never_harms_the_handle, "P5", "every other call cut off at every poll: no harm";

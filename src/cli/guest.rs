@@ -1,9 +1,9 @@
 //! `wilco guest`: a guest whose commands are run by programs.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use serde_json::{json, value::RawValue};
-use wilco::{Context, Failure, Guest, GuestAddress, Interrupted, Served, SqliteJournal};
+use wilco::{Context, Deadline, Failure, Guest, GuestAddress, Interrupted, Served, SqliteJournal};
 
 use super::{
     args::{Global, GuestArgs, OnInterrupt},
@@ -12,6 +12,9 @@ use super::{
     problem::{Exit, Outcome, Problem},
     program::Program,
 };
+
+/// How long its end may take when the broker does not answer; what is not given back runs out by itself.
+const LEAVING: Duration = Duration::from_secs(2);
 
 pub(super) async fn run(global: &Global, args: GuestArgs, output: Output) -> Outcome {
     // What cannot be run is said before anything is attached.
@@ -25,11 +28,11 @@ pub(super) async fn run(global: &Global, args: GuestArgs, output: Output) -> Out
     let journal = SqliteJournal::open(&path).await.map_err(|error| {
         Problem::from(error).during(format_args!("cannot open the journal {}", path.display()))
     })?;
-    let broker = global.connect_shared().await?;
+    let broker = global.connect_shared_by(Deadline::after(args.wait)).await?;
 
     let events = Events { output };
     events.tell("waiting", &address, "waiting for the queue");
-    let attach = Guest::attach(broker, args.id.as_str(), journal)
+    let attach = Guest::attach(Arc::clone(&broker), args.id.as_str(), journal)
         .incarnation(args.incarnation)
         .wait(args.wait);
     let mut guest = tokio::select! {
@@ -59,6 +62,8 @@ pub(super) async fn run(global: &Global, args: GuestArgs, output: Output) -> Out
         });
     }
     let served = guest.serve(interrupted()).await?;
+    // Its lane is free for the next agent, without waiting for a broker's lease to run out.
+    let _ = broker.close(Deadline::after(LEAVING)).await;
     match served {
         Served::Stopped => {
             events.tell("stopped", &address, "stopped");

@@ -102,6 +102,11 @@ impl Machines {
         *self.running.borrow()
     }
 
+    /// Whether this one does.
+    pub(super) fn runs(&self, address: &GuestAddress) -> bool {
+        matches!(self.lock().get(address), Some(Machine::Running(_)))
+    }
+
     /// Powers off what runs: SIGTERM to each machine, and after a while SIGKILL to all of it.
     pub(super) async fn power_off(&self) {
         self.powering_off.store(true, Ordering::Relaxed);

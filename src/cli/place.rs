@@ -41,13 +41,18 @@ impl Global {
 
     /// The same, for what only makes sense between processes.
     pub(super) async fn connect_shared(&self) -> Outcome<Arc<dyn Broker>> {
+        self.connect_shared_by(patience()).await
+    }
+
+    /// The same, waiting for a broker that is not there until the deadline.
+    pub(super) async fn connect_shared_by(&self, deadline: Deadline) -> Outcome<Arc<dyn Broker>> {
         if self.broker.starts_with("memory:") {
             return Err(Problem::input(
                 "a memory: broker lives inside one process, and this command needs others to reach \
                  it; give --broker sqlite:PATH",
             ));
         }
-        self.connect().await
+        Ok(wilco::connect_by(&self.broker, deadline).await?)
     }
 
     /// Where the records are.

@@ -1,6 +1,12 @@
 //! `wilco provision`: a fleet file's guests, all at once, to their outcomes.
 
-use std::{collections::HashSet, process::ExitCode, sync::Arc, time::Duration, time::Instant};
+use std::{
+    collections::{HashMap, HashSet},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+    time::Instant,
+};
 
 use serde_json::json;
 use tokio::{sync::Semaphore, sync::broadcast::error::RecvError, task::JoinSet};
@@ -23,6 +29,9 @@ use super::{
 
 /// How long a guest may take to answer whether it is there already.
 const GLANCE: Duration = Duration::from_millis(500);
+
+/// How long guests that have ended may take to collect what is left in their queues.
+const COLLECTING: Duration = Duration::from_secs(10);
 
 /// How long the last reports may take to be settled before they are shown as left.
 const SETTLING: Duration = Duration::from_secs(2);
@@ -59,9 +68,15 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
     let malformed = fleet.malformed.len();
     let rows = tokio::select! {
         rows = run.all(fleet.guests, output) => rows,
-        () = interrupted() => return Err(run.stop().await),
+        () = interrupted() => {
+            let stopped = run.stop().await;
+            // Its place is free for whoever goes on, without waiting for a broker's lease to run out.
+            let _ = broker.close(patience()).await;
+            return Err(stopped);
+        }
     };
     let took = start.elapsed();
+    collected(&*broker, &rows, run.machines.as_deref()).await;
     if let Some(machines) = &run.machines {
         if machines.running() > 0 && !output.json {
             output::note(format_args!("powering off {} machines", machines.running()));
@@ -73,6 +88,33 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
     run.taskmanager.close();
     broker.close(patience()).await?;
     Ok(exit_code(&rows, malformed))
+}
+
+/// Waits for guests that are there to empty their queues.
+///
+/// Prepare can have been sent once more than it was taken (cases W14, W19, W24). Its guest knows it
+/// and acks it, unless its machine is powered off first: then it would wait there for the next boot.
+async fn collected(broker: &dyn Broker, rows: &[Row], machines: Option<&Machines>) {
+    let decided = rows
+        .iter()
+        .filter(|row| matches!(row.end, End::Outcome { .. }))
+        .map(|row| (row.address.queue(), &row.address));
+    let decided: HashMap<_, _> = decided.collect();
+    let collects = |queue: &QueueStatus| {
+        let guest = decided.get(&queue.name);
+        let is_up = |guest: &&GuestAddress| {
+            queue.consumers > 0 || machines.is_some_and(|machines| machines.runs(guest))
+        };
+        queue.messages() > queue.dead && guest.is_some_and(is_up)
+    };
+    let end = Instant::now() + COLLECTING;
+    // A broker that is out of reach is told of when what is left is looked at.
+    while let Ok(queues) = broker.list(patience()).await
+        && queues.iter().any(collects)
+        && Instant::now() < end
+    {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// What is on the broker once the last reports are settled: that takes a moment after the outcome.

@@ -10,6 +10,7 @@ use super::{
     ask::reach,
     explain::{GLANCE, ago},
     output::{self, Output},
+    place::patience,
     problem::{Exit, Outcome, Problem},
     summary::{runs, span},
 };
@@ -102,9 +103,11 @@ pub(super) async fn needed(
 }
 
 pub(super) async fn cancel(global: &Global, args: Cancel, output: Output) -> Outcome {
-    let taskmanager = owner(global).await?;
-    needed(&taskmanager, &args.id, global).await?;
-    let cancelled = taskmanager.cancel(&args.id).await?;
+    let cancelled = as_owner(global, async |taskmanager| {
+        needed(taskmanager, &args.id, global).await?;
+        Ok(taskmanager.cancel(&args.id).await?)
+    });
+    let cancelled = cancelled.await?;
     let (word, text) = match cancelled {
         Cancelled::Revoked => ("revoked", "given up; no machine runs its prepare"),
         Cancelled::TooLate => ("too_late", "too late: it had accepted prepare, and goes on"),
@@ -119,9 +122,11 @@ pub(super) async fn cancel(global: &Global, args: Cancel, output: Output) -> Out
 }
 
 pub(super) async fn delete(global: &Global, args: Delete, output: Output) -> Outcome {
-    let taskmanager = owner(global).await?;
-    needed(&taskmanager, &args.id, global).await?;
-    taskmanager.delete(&args.id).await?;
+    let deleted = as_owner(global, async |taskmanager| {
+        needed(taskmanager, &args.id, global).await?;
+        Ok(taskmanager.delete(&args.id).await?)
+    });
+    deleted.await?;
     output.json(&json!({ "guest": args.id, "deleted": true }));
     output.say(format_args!(
         "{}: deleted; nothing of it is left on the broker",
@@ -130,9 +135,18 @@ pub(super) async fn delete(global: &Global, args: Delete, output: Output) -> Out
     Ok(ExitCode::SUCCESS)
 }
 
-/// A taskmanager that may change things: one at a time owns the records.
-async fn owner(global: &Global) -> Outcome<Taskmanager> {
+/// Does this with a taskmanager that may change things: one at a time owns the records. Its place is free
+/// again when it returns: the next command need not wait until a broker's lease on it has run out.
+async fn as_owner<T>(
+    global: &Global,
+    work: impl AsyncFnOnce(&Taskmanager) -> Outcome<T>,
+) -> Outcome<T> {
     let records = global.needed_records().await?;
     let broker = global.connect_shared().await?;
-    Ok(Taskmanager::new(broker, records).await?)
+    let taskmanager = Taskmanager::new(broker.clone(), records).await?;
+    let done = work(&taskmanager).await;
+    taskmanager.close();
+    // What was done stands, however this ends.
+    let _ = broker.close(patience()).await;
+    done
 }

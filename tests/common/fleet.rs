@@ -146,6 +146,10 @@ impl Fleet {
 impl Drop for Fleet {
     /// Ends what an interrupted run left, by the directory that only these processes know.
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Records, journals and the machines' consoles say what no message can.
+            self.place.keep();
+        }
         let ours = format!(
             "WILCO_FLEET_DIR={}",
             self.place.path().join("fleet").display()
@@ -265,9 +269,9 @@ const ENDS: [(&str, &str); 6] = [
 ];
 
 /// The control plane killed at any moment changes no outcome.
-pub(crate) fn crash_of_the_control_plane(broker: Option<&str>) {
+pub(crate) fn crash_of_the_control_plane(broker: Option<&str>, few: u64) {
     let mut random = Random::seeded();
-    for round in 1..=rounds() {
+    for round in 1..=rounds(few) {
         let fleet = Fleet::new(broker, small);
         let mut killed_at = Vec::new();
         for _ in 0..1 + random.below(3) {
@@ -296,9 +300,9 @@ pub(crate) fn crash_of_the_control_plane(broker: Option<&str>) {
 }
 
 /// Guests killed at any moment run no prepare twice.
-pub(crate) fn crash_of_guests(broker: Option<&str>) {
+pub(crate) fn crash_of_guests(broker: Option<&str>, few: u64) {
     let mut random = Random::seeded();
-    for round in 1..=rounds() {
+    for round in 1..=rounds(few) {
         let fleet = Fleet::new(broker, small);
         let mut run = fleet.start();
         let mut killed = Vec::new();
@@ -329,9 +333,10 @@ pub(crate) fn crash_of_guests(broker: Option<&str>) {
     }
 }
 
-fn rounds() -> u64 {
+/// As many as are asked for, or a few.
+fn rounds(few: u64) -> u64 {
     let rounds = env::var("WILCO_CRASH_ROUNDS").ok();
-    rounds.map_or(5, |rounds| rounds.parse().unwrap())
+    rounds.map_or(few, |rounds| rounds.parse().unwrap())
 }
 
 /// Enough randomness for moments, and the same again from its seed (xorshift64*).

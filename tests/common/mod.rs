@@ -42,6 +42,12 @@ impl Place {
         self.dir.path()
     }
 
+    /// Leaves everything here for whoever looks into what went wrong.
+    pub(crate) fn keep(&mut self) {
+        self.dir.disable_cleanup(true);
+        let _ = writeln!(std::io::stderr(), "KEPT: {}", self.path().display());
+    }
+
     /// The command, with nothing of the caller's environment that it would heed.
     pub(crate) fn wilco(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
         let mut command = Command::new(program());

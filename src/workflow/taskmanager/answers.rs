@@ -135,16 +135,22 @@ pub(crate) fn looked(record: &Record, look: Look, answer: Result<QueueStatus>) -
     if status.dead > 0 {
         return Looked::MayBeDead;
     }
-    Looked::Learnt(Event::Lost)
+    missing(look).map_or(Looked::Fine, Looked::Learnt)
 }
 
 /// The dead letters were read: why prepare is among them, if it is.
-pub(crate) fn read_dead_letters(answer: Result<Option<String>>) -> Event {
+pub(crate) fn read_dead_letters(look: Look, answer: Result<Option<String>>) -> Option<Event> {
     match answer {
-        Ok(Some(reason)) => Event::Refused(RemoteError::new("poison", reason)),
-        Ok(None) => Event::Lost,
-        Err(error) => trouble(&error),
+        Ok(Some(reason)) => Some(Event::Refused(RemoteError::new("poison", reason))),
+        Ok(None) => missing(look),
+        Err(error) => Some(trouble(&error)),
     }
+}
+
+/// Prepare is nowhere on the broker. A guest that cannot be asked may have taken it, and been killed
+/// before its first word: it tells when it is back, and until then nothing is queued for the dead.
+fn missing(look: Look) -> Option<Event> {
+    look.not_started.then_some(Event::Lost)
 }
 
 /// Whether a guest may know of prepare, and has to be told never to start it.
@@ -211,4 +217,35 @@ fn gone_or_trouble(error: &Error) -> Event {
 
 fn trouble(error: &Error) -> Event {
     Event::Trouble(Trouble::from(error))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+    use serde_json::value::RawValue;
+
+    use super::*;
+    use crate::{
+        names::GuestId,
+        workflow::record::{Deadlines, SendPolicy},
+    };
+
+    #[test]
+    fn w24_a_guest_that_cannot_be_asked_is_not_sent_prepare_again() {
+        let address = GuestAddress::from(GuestId::new("vm").unwrap());
+        let empty = QueueStatus::new(address.queue());
+        let payload = RawValue::NULL.to_owned().into();
+        let (policy, deadlines) = (SendPolicy::default(), Deadlines::default());
+        let record = Record::new(address, payload, policy, deadlines, 0);
+        let look = |answer| asked(&record, answer).look.unwrap();
+        let absent = look(Err(Error::new(ErrorKind::NoConsumer, "killed")));
+        let ignorant = look(Ok(CommandState::Unknown));
+        let found = |look| looked(&record, look, Ok(empty.clone()));
+        assert!(matches!(found(absent), Looked::Fine));
+        assert!(matches!(found(ignorant), Looked::Learnt(Event::Lost)));
+        assert!(read_dead_letters(absent, Ok(None)).is_none());
+        let read = read_dead_letters(ignorant, Ok(None));
+        assert!(matches!(read, Some(Event::Lost)));
+    }
 }

@@ -218,7 +218,10 @@ impl Driver {
             Looked::MayBeDead => {
                 let broker = self.inner.broker.as_ref();
                 let reason = why_dead(broker, &queue, &self.record.command, deadline).await;
-                self.take_in(answers::read_dead_letters(reason)).await
+                match answers::read_dead_letters(look, reason) {
+                    Some(event) => self.take_in(event).await,
+                    None => Ok(()),
+                }
             }
         }
     }

@@ -22,6 +22,9 @@ use crate::{
 /// longest, which costs the report a few deliveries of those that its limit allows.
 const FULL: Duration = Duration::from_secs(2);
 
+/// How long a predecessor that was killed can count as attached: longer than any backend takes to notice.
+const PREDECESSOR: Duration = Duration::from_secs(10);
+
 /// The consumer of the queue of reports.
 pub(super) struct Collector {
     inner: Arc<Inner>,
@@ -29,7 +32,8 @@ pub(super) struct Collector {
 }
 
 impl Collector {
-    /// Attaches, if the broker can be reached.
+    /// Attaches, if the broker can be reached. A broker that leases its queues may take a predecessor
+    /// for alive that was killed a moment ago: it gets its time to notice.
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] while another taskmanager of this name is attached.
@@ -38,7 +42,18 @@ impl Collector {
             inner,
             consumer: None,
         };
-        match collector.open().await {
+        let patience = Deadline::after(PREDECESSOR);
+        let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_millis(500));
+        let mut opened = collector.open().await;
+        while let Err(error) = &opened
+            && *error.kind() == ErrorKind::Conflict
+            && !patience.has_passed()
+        {
+            tracing::info!(%error, "another taskmanager of this name seems to run; waiting for its end");
+            backoff.pause().await;
+            opened = collector.open().await;
+        }
+        match opened {
             Err(error) if *error.kind() == ErrorKind::Conflict => Err(Error::new(
                 ErrorKind::Conflict,
                 "another taskmanager of this name is running on this broker: wait until it ends, or \

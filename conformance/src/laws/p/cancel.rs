@@ -55,6 +55,26 @@ pub async fn p3_a_resend_with_the_same_id_is_one_message(cx: &Cx) -> CheckResult
         .and("recognised", recognised))
 }
 
+/// A broker may know a message's id for longer than it has the message. What was taken or purged, and is
+/// sent again because its receiver has lost it (case W24), has to be delivered all the same.
+pub async fn p3_an_id_is_free_when_its_message_is_gone(cx: &Cx) -> CheckResult {
+    const TIMES: usize = 10;
+    let broker = cx.connect().await?;
+    let name = queue(&*broker, "p3-gone").await?;
+    let mut consumer = attach(&*broker, &name, 1).await?;
+    for time in 1..=TIMES {
+        let sent = broker.publish(&name, named("again")?, long()).await?;
+        same("duplicate of one that is gone", sent.duplicate, false)?;
+        let delivery = receive(&mut *consumer).await?;
+        same("id", delivery.message.id.as_str(), "again")?;
+        same("attempt", delivery.attempt, 1)?;
+        delivery.ack(long()).await?;
+        let left = broker.status(&name, long()).await?.messages();
+        same(&format!("left after the ack of number {time}"), left, 0)?;
+    }
+    Ok(Evidence::of("sent again after its ack", TIMES))
+}
+
 /// Cut after every number of polls in turn, then after every so many microseconds: the next publish
 /// is fine, and in the end everything adds up.
 pub async fn p5_a_cancelled_publish_never_harms_the_next(cx: &Cx) -> CheckResult {
