@@ -92,17 +92,21 @@ pub(super) async fn declare(link: &Link, spec: &QueueSpec, deadline: Deadline) -
     let verb = format!("STREAM.CREATE.{}", names.stream);
     let mut fenced_since = None;
     loop {
-        match link.api(&verb, &wanted, deadline).await? {
+        let overlap = match link.api(&verb, &wanted, deadline).await? {
             Ok(_) => return Ok(Declared::Created),
-            Err(refusal) if refusal.code == STREAM_EXISTS => {}
-            Err(refusal) if refusal.code == SUBJECTS_OVERLAP => {
-                return Err(mismatch(vec![
-                    "subjects of this queue belong to another stream".into(),
-                ]));
-            }
+            Err(refusal) if refusal.code == STREAM_EXISTS => false,
+            Err(refusal) if refusal.code == SUBJECTS_OVERLAP => true,
             Err(refusal) => return Err(refusal.into_error()),
-        }
+        };
         let Some(there) = link.stream(&names, deadline).await? else {
+            // The subjects are of a stream that is being made, which is this very queue's unless the
+            // server names another.
+            if overlap && let Some(other) = owner(link, &names, &wanted, deadline).await? {
+                return Err(mismatch(vec![format!(
+                    "subjects of this queue belong to another stream, {other}"
+                )]));
+            }
+            deadline.bound(sleep(PAUSE)).await?;
             continue;
         };
         match there.fence() {
@@ -123,6 +127,27 @@ pub(super) async fn declare(link: &Link, spec: &QueueSpec, deadline: Deadline) -
             }
         }
     }
+}
+
+/// Another stream to which the server gives messages of this queue's subjects.
+async fn owner(
+    link: &Link,
+    names: &Names,
+    wanted: &Value,
+    deadline: Deadline,
+) -> Result<Option<String>> {
+    for subject in wanted["subjects"].as_array().into_iter().flatten() {
+        let found = link
+            .api("STREAM.NAMES", &json!({ "subject": subject }), deadline)
+            .await?
+            .map_err(Refusal::into_error)?;
+        let mut streams = found["streams"].as_array().into_iter().flatten();
+        let other = streams.find_map(|name| name.as_str().filter(|name| *name != names.stream));
+        if let Some(other) = other {
+            return Ok(Some(other.to_owned()));
+        }
+    }
+    Ok(None)
 }
 
 /// Ends what somebody began and did not live to end: a deletion is carried out, a look is called off.
