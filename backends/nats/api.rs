@@ -209,7 +209,8 @@ impl Link {
     ) -> Result<Option<Value>> {
         let verb = format!("CONSUMER.INFO.{}.{consumer}", names.stream);
         match self.api(&verb, &json!({}), deadline).await? {
-            Ok(value) => Ok(Some(value)),
+            // Of one that is just being deleted it says neither what it is nor that it is not there.
+            Ok(value) => Ok(Some(value).filter(|value| value["name"].is_string())),
             Err(Refusal {
                 code: CONSUMER_NOT_FOUND,
                 ..
@@ -276,6 +277,9 @@ pub(super) struct Description {
     pub(super) made: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) fence: Option<Fence>,
+    /// Tells this fence from those before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) fenced_by: Option<String>,
 }
 
 /// Why a stream takes no messages.

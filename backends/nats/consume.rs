@@ -75,7 +75,33 @@ pub(super) struct Hold {
     pub(super) hush: Notify,
     deaf: watch::Sender<bool>,
     gone: watch::Sender<bool>,
-    scribe: mpsc::Sender<oneshot::Sender<Result<()>>>,
+    /// How many settlements are on their way.
+    settling: watch::Sender<usize>,
+    scribe: mpsc::Sender<Order>,
+}
+
+/// What the scribe is to do before it answers.
+struct Order {
+    write: bool,
+    /// Look that the server's consumer is there still.
+    look: bool,
+    done: oneshot::Sender<Result<()>>,
+}
+
+/// A settlement on its way.
+pub(super) struct Settling(Arc<Hold>);
+
+impl Settling {
+    pub(super) fn begin(hold: &Arc<Hold>) -> Self {
+        hold.settling.send_modify(|settling| *settling += 1);
+        Self(Arc::clone(hold))
+    }
+}
+
+impl Drop for Settling {
+    fn drop(&mut self) {
+        self.0.settling.send_modify(|settling| *settling -= 1);
+    }
 }
 
 #[derive(Debug)]
@@ -253,6 +279,7 @@ async fn begin(
         hush: Notify::new(),
         deaf: watch::Sender::new(false),
         gone: watch::Sender::new(false),
+        settling: watch::Sender::new(0),
         scribe,
         link,
     });
@@ -372,6 +399,15 @@ impl Hold {
         deadline.bound(gone.wait_for(|gone| *gone)).await.map(drop)
     }
 
+    /// Waits until no settlement is on its way; for one that lets no new one begin.
+    pub(super) async fn until_settled(&self, deadline: Deadline) -> Result<()> {
+        let mut settling = self.settling.subscribe();
+        deadline
+            .bound(settling.wait_for(|settling| *settling == 0))
+            .await
+            .map(drop)
+    }
+
     pub(super) fn end(&self, kind: ErrorKind) {
         let mut inner = lock(&self.inner);
         if inner.phase == Phase::Attached {
@@ -418,30 +454,35 @@ impl Hold {
         }
     }
 
-    /// A message is settled: it is held no more, and there is room for another.
+    /// A message is settled, says the server: it is held no more, and there is room for another.
     ///
-    /// Where the server would forget that when it is killed, it is noted first (law C2).
+    /// Where the server would forget that when it is killed, it is noted first (law C2). And the server's
+    /// word counts only if its consumer is there after it: of one that was deleted meanwhile it confirms
+    /// what it did not do (laws C4, Q6).
     pub(super) async fn settled(&self, sequence: u64, deadline: Deadline) -> Result<()> {
+        let forgetful = !self.link.is_synced();
         {
             let mut inner = lock(&self.inner);
             inner.held.remove(&sequence);
             inner.marks.remove(&sequence);
-            if !self.link.is_synced() {
+            if forgetful {
                 settle(&mut inner.settled, sequence);
             }
         }
         self.wake.notify_one();
-        if self.link.is_synced() {
-            return Ok(());
-        }
-        self.note(deadline).await
+        self.order(forgetful, true, deadline).await
     }
 
     /// Writes the notes as they are now, or later.
     pub(super) async fn note(&self, deadline: Deadline) -> Result<()> {
-        let (sender, answer) = oneshot::channel();
+        self.order(true, false, deadline).await
+    }
+
+    async fn order(&self, write: bool, look: bool, deadline: Deadline) -> Result<()> {
+        let (done, answer) = oneshot::channel();
+        let order = Order { write, look, done };
         deadline
-            .bound(self.scribe.send(sender))
+            .bound(self.scribe.send(order))
             .await?
             .map_err(|_| closed())?;
         deadline.bound(answer).await?.map_err(|_| closed())?
@@ -500,40 +541,36 @@ impl std::fmt::Debug for Hold {
     }
 }
 
-/// Writes the notes for all who asked meanwhile at once.
+/// Writes the notes, and looks after the consumer, for all who asked meanwhile at once.
 async fn write_notes(
     hold: std::sync::Weak<Hold>,
     mut notes: Notes,
-    mut orders: mpsc::Receiver<oneshot::Sender<Result<()>>>,
+    mut orders: mpsc::Receiver<Order>,
 ) {
     while let Some(order) = orders.recv().await {
-        let mut askers = vec![order];
+        let mut all = vec![order];
         while let Ok(order) = orders.try_recv() {
-            askers.push(order);
+            all.push(order);
         }
         let Some(hold) = hold.upgrade() else { return };
-        {
-            let inner = lock(&hold.inner);
-            notes.marks.clone_from(&inner.marks);
-            notes.settled.clone_from(&inner.settled);
-            if inner.phase != Phase::Attached {
-                notes.holder = None;
-                notes.consumer = inner.shared.then(|| hold.consumer.clone());
-            }
-        }
-        let written = notes
-            .write(&hold.link, &hold.names, Deadline::after(GOING))
-            .await;
-        if written.is_ok() && !hold.link.is_synced() {
-            // As the writer does: its own places lie between the messages.
-            settle(&mut lock(&hold.inner).settled, notes.place());
-        }
-        for asker in askers {
-            let answer = match &written {
-                Ok(()) => Ok(()),
-                Err(error) => Err(Error::new(error.kind().clone(), error.message().to_owned())),
+        let written = match all.iter().any(|order| order.write) {
+            true => write(&hold, &mut notes).await,
+            false => Ok(()),
+        };
+        let seen = match all.iter().any(|order| order.look) {
+            true => look(&hold).await,
+            false => Ok(()),
+        };
+        for order in all {
+            let failed = match (&written, &seen) {
+                (Err(error), _) if order.write => Some(error),
+                (_, Err(error)) if order.look => Some(error),
+                _ => None,
             };
-            let _ = asker.send(answer);
+            let answer = failed.map_or(Ok(()), |error| {
+                Err(Error::new(error.kind().clone(), error.message().to_owned()))
+            });
+            let _ = order.done.send(answer);
         }
         if let Err(error) = notes
             .tidy(&hold.link, &hold.names, Deadline::after(GOING))
@@ -542,6 +579,34 @@ async fn write_notes(
             tracing::debug!(%error, "an old copy of the notes is left");
         }
     }
+}
+
+async fn write(hold: &Hold, notes: &mut Notes) -> Result<()> {
+    {
+        let inner = lock(&hold.inner);
+        notes.marks.clone_from(&inner.marks);
+        notes.settled.clone_from(&inner.settled);
+        if inner.phase != Phase::Attached {
+            notes.holder = None;
+            notes.consumer = inner.shared.then(|| hold.consumer.clone());
+        }
+    }
+    let deadline = Deadline::after(GOING);
+    notes.write(&hold.link, &hold.names, deadline).await?;
+    if !hold.link.is_synced() {
+        // As the writer does: its own places lie between the messages.
+        settle(&mut lock(&hold.inner).settled, notes.place());
+    }
+    Ok(())
+}
+
+async fn look(hold: &Hold) -> Result<()> {
+    let deadline = Deadline::after(GOING);
+    if still_there(&hold.link, &hold.names, &hold.consumer, deadline).await? {
+        return Ok(());
+    }
+    hold.wake_up();
+    Err(settle::unknown())
 }
 
 /// Pulls, hands in, gives back, until it goes.
@@ -772,6 +837,9 @@ async fn leave(hold: &Arc<Hold>, arrivals: Subscriber) {
         buffer.extend(rest(hold, arrivals, deadline).await);
     } else {
         drop(arrivals);
+        // With the server's consumer goes what its confirms are worth: what is on its way gets its answer
+        // first. Nothing new begins, since nobody holds anything, or nobody may settle it.
+        let _ = hold.until_settled(deadline.or_after(GOING / 2)).await;
     }
     if let Err(error) = go(hold, buffer, deadline).await {
         // The next one finds it dead.

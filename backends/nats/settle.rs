@@ -18,7 +18,7 @@ use super::{
     attach::{delivered, still_there},
     closed,
     connection::{Link, Unanswered, lock},
-    consume::{Hold, Phase, Received, place},
+    consume::{Hold, Phase, Received, Settling, place},
     form,
     notes::now_ms,
 };
@@ -70,6 +70,8 @@ impl Drop for Lease {
 #[async_trait]
 impl LeaseTrait for Lease {
     async fn settle(mut self: Box<Self>, settlement: Settlement, deadline: Deadline) -> Result<()> {
+        // Counted before it looks, so that whoever stops it either sees it or is seen.
+        let settling = Settling::begin(&self.hold);
         self.hold.may_settle()?;
         if deadline.has_passed() {
             return Err(Error::new(
@@ -97,6 +99,7 @@ impl LeaseTrait for Lease {
         };
         let hold = Arc::clone(&self.hold);
         tokio::spawn(async move {
+            let _settling = settling;
             let done = match how {
                 Settlement::Retry(delay) => retry(&hold, &received, delay, deadline).await,
                 Settlement::DeadLetter(reason) => bury(&hold, &received, &reason, deadline).await,
@@ -152,13 +155,8 @@ impl Hold {
 }
 
 /// Tells the server something of a delivery and waits for its confirm.
-pub(super) async fn tell(
-    link: &Link,
-    reply: &str,
-    what: &'static str,
-    deadline: Deadline,
-) -> Result<bool> {
-    let body = Bytes::from_static(what.as_bytes());
+pub(super) async fn tell(link: &Link, reply: &str, what: &str, deadline: Deadline) -> Result<bool> {
+    let body = Bytes::copy_from_slice(what.as_bytes());
     let answer = link.call(reply, None, &body, true, deadline).await;
     answer
         .map(|answer| !answer.nobody())
@@ -206,7 +204,7 @@ async fn confirm(hold: &Hold, reply: &str, what: &str, deadline: Deadline) -> Re
     }
 }
 
-fn unknown() -> Error {
+pub(super) fn unknown() -> Error {
     Error::new(
         ErrorKind::BrokerUnreachable,
         "the acknowledgement was sent and not confirmed: the message may come again",
@@ -308,6 +306,7 @@ pub(super) async fn end(hold: &Arc<Hold>, received: &Received) {
 /// Gives back what was dropped: it comes again, counted, or has been delivered often enough.
 pub(super) async fn give_back(hold: &Arc<Hold>, received: &Received) {
     let deadline = Deadline::after(GIVING_BACK);
+    let _settling = Settling::begin(hold);
     let given = if received.attempt >= hold.limit {
         bury(hold, received, &over(hold.limit), deadline).await
     } else {
