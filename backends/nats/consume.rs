@@ -14,6 +14,7 @@ use std::{
 
 use async_nats::{Message as Raw, Subscriber};
 use async_trait::async_trait;
+use bytes::Bytes;
 use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -880,10 +881,14 @@ async fn go(hold: &Arc<Hold>, buffer: VecDeque<Received>, deadline: Deadline) ->
     hold.note(deadline).await?;
     if lock(&hold.inner).shared {
         let back = going_back(hold, buffer, deadline).await;
-        let given = back
-            .values()
-            .map(|reply| settle::tell(&hold.link, reply, "-NAK", deadline));
-        futures_util::future::join_all(given).await;
+        // The server puts what is given back behind what waits to be delivered again already. Put off for
+        // now, all of it leaves that line, and then enters it in the order of the queue (law C11).
+        let lease = hold.link.options.takeover.as_nanos();
+        for what in [format!("-NAK {{\"delay\":{lease}}}"), "-NAK".into()] {
+            if let Err(error) = give_back(hold, &back, what, deadline).await {
+                tracing::debug!(%error, "what was buffered comes when its lease runs out");
+            }
+        }
     } else {
         // All that it had in its hands or on its way goes back with it, at once.
         hold.link
@@ -895,32 +900,59 @@ async fn go(hold: &Arc<Hold>, buffer: VecDeque<Received>, deadline: Deadline) ->
         .await
 }
 
-/// Where all that goes back is given back, in the order of the queue, which the server keeps (law C11):
-/// what was buffered, and what the server had on its way while it heard that nobody listens. That came to
-/// nobody, and is known by its number alone; what was handed out is noted, and stays with its holders.
+/// Tells the server the same of each, one after the other: it keeps their order, and with its word on the
+/// last it has come to all.
+async fn give_back(
+    hold: &Hold,
+    back: &BTreeMap<u64, String>,
+    what: String,
+    deadline: Deadline,
+) -> Result<()> {
+    let mut replies = back.values();
+    let Some(last) = replies.next_back() else {
+        return Ok(());
+    };
+    let body = Bytes::from(what);
+    for reply in replies {
+        let sent = hold.link.client.publish(reply.clone(), body.clone());
+        deadline.bound(sent).await?.map_err(gone)?;
+    }
+    settle::tell(&hold.link, last, body, deadline).await
+}
+
+/// Where all that goes back is given back, in the order of the queue: what was buffered, and what the server
+/// had on its way while it heard that nobody listens, or was about to deliver again. That came to nobody,
+/// and is known by its number alone; what was handed out is noted, and stays with its holders.
 async fn going_back(
     hold: &Hold,
     buffer: VecDeque<Received>,
     deadline: Deadline,
 ) -> BTreeMap<u64, String> {
-    let buffered = buffer.iter();
-    let mut back: BTreeMap<_, _> = buffered
-        .map(|received| (received.sequence, received.reply().to_owned()))
-        .collect();
     let told = hold.link.consumer(&hold.names, &hold.consumer, deadline);
-    let Ok(Some(told)) = told.await else {
-        return back;
-    };
+    let told = told.await.ok().flatten().unwrap_or_default();
     let number = |of: &str, which: &str| told[of][which].as_u64().unwrap_or(0);
     let last = number("delivered", "stream_seq");
     let first = number("ack_floor", "stream_seq").max(last.saturating_sub(MOST_ON_ITS_WAY)) + 1;
     let inner = lock(&hold.inner);
-    let Some(held) = inner.held.values().next() else {
+    let in_hand = |sequence| {
+        inner
+            .held
+            .get(&sequence)
+            .is_some_and(|held| !held.returning)
+    };
+    let buffered = buffer.iter();
+    let mut back: BTreeMap<_, _> = buffered
+        .filter(|received| !in_hand(received.sequence))
+        .map(|received| (received.sequence, received.reply().to_owned()))
+        .collect();
+    let known = inner.held.values().map(|held| held.reply.as_str());
+    let known = known.chain(buffer.iter().map(Received::reply)).next();
+    let Some(known) = known.map(str::to_owned) else {
         return back;
     };
     for sequence in first..=last {
         if !inner.marks.contains_key(&sequence) {
-            let reply = || reply_of(&held.reply, sequence, number("delivered", "consumer_seq"));
+            let reply = || reply_of(&known, sequence, number("delivered", "consumer_seq"));
             back.entry(sequence).or_insert_with(reply);
         }
     }

@@ -155,12 +155,9 @@ impl Hold {
 }
 
 /// Tells the server something of a delivery and waits for its confirm.
-pub(super) async fn tell(link: &Link, reply: &str, what: &str, deadline: Deadline) -> Result<bool> {
-    let body = Bytes::copy_from_slice(what.as_bytes());
-    let answer = link.call(reply, None, &body, true, deadline).await;
-    answer
-        .map(|answer| !answer.nobody())
-        .map_err(Unanswered::into_error)
+pub(super) async fn tell(link: &Link, reply: &str, what: Bytes, deadline: Deadline) -> Result<()> {
+    let answer = link.call(reply, None, &what, true, deadline).await;
+    answer.map(drop).map_err(Unanswered::into_error)
 }
 
 /// The same, until it is confirmed or known to be too late.

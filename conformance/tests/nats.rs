@@ -20,9 +20,6 @@ const HARNESS: Nats = Nats;
 const NOT_RUN: &[&str] = &["f9_an_alarm_refuses_and_loses_nothing"];
 
 macro_rules! one {
-    (c c11_what_was_buffered_keeps_its_place) => {
-        common::check!(c11_what_was_buffered_keeps_its_place, open "fails now and then on 2.9: see CONTRIBUTING.md");
-    };
     ($section:ident $name:ident) => {
         common::check!($name);
     };
