@@ -84,9 +84,9 @@ pub(super) struct Hold {
 /// What the scribe is to do before it answers.
 struct Order {
     write: bool,
-    /// Look that the server's consumer is there still.
+    /// Look whether the server's consumer is there still: that is the answer then.
     look: bool,
-    done: oneshot::Sender<Result<()>>,
+    done: oneshot::Sender<Result<bool>>,
 }
 
 /// A settlement on its way.
@@ -455,11 +455,19 @@ impl Hold {
         }
     }
 
-    /// A message is settled, says the server: it is held no more, and there is room for another.
+    /// Whether the server's word that a message is settled counts: only if its consumer is there after it,
+    /// since of one that was deleted meanwhile it confirms what it did not do (laws C4, Q6).
+    pub(super) async fn believe(&self, deadline: Deadline) -> Result<()> {
+        if self.insist(false, true, deadline).await? {
+            return Ok(());
+        }
+        self.wake_up();
+        Err(settle::unknown())
+    }
+
+    /// A message is settled for certain: it is held no more, and there is room for another.
     ///
-    /// Where the server would forget that when it is killed, it is noted first (law C2). And the server's
-    /// word counts only if its consumer is there after it: of one that was deleted meanwhile it confirms
-    /// what it did not do (laws C4, Q6).
+    /// Where the server would forget that when it is killed, it is noted first (law C2).
     pub(super) async fn settled(&self, sequence: u64, deadline: Deadline) -> Result<()> {
         let forgetful = !self.link.is_synced();
         {
@@ -471,15 +479,34 @@ impl Hold {
             }
         }
         self.wake.notify_one();
-        self.order(forgetful, true, deadline).await
+        match forgetful {
+            true => self.insist(true, false, deadline).await.map(drop),
+            false => Ok(()),
+        }
+    }
+
+    /// Orders again for as long as the caller has: the scribe gives up sooner, and an outage is no answer.
+    async fn insist(&self, write: bool, look: bool, deadline: Deadline) -> Result<bool> {
+        loop {
+            match self.order(write, look, deadline).await {
+                Err(error)
+                    if is_outage(&error)
+                        && !deadline.has_passed()
+                        && !self.void.load(Ordering::Acquire) =>
+                {
+                    deadline.bound(sleep(PAUSE)).await?;
+                }
+                answer => return answer,
+            }
+        }
     }
 
     /// Writes the notes as they are now, or later.
     pub(super) async fn note(&self, deadline: Deadline) -> Result<()> {
-        self.order(true, false, deadline).await
+        self.order(true, false, deadline).await.map(drop)
     }
 
-    async fn order(&self, write: bool, look: bool, deadline: Deadline) -> Result<()> {
+    async fn order(&self, write: bool, look: bool, deadline: Deadline) -> Result<bool> {
         let (done, answer) = oneshot::channel();
         let order = Order { write, look, done };
         deadline
@@ -554,23 +581,34 @@ async fn write_notes(
             all.push(order);
         }
         let Some(hold) = hold.upgrade() else { return };
-        let written = match all.iter().any(|order| order.write) {
-            true => write(&hold, &mut notes).await,
-            false => Ok(()),
-        };
-        let seen = match all.iter().any(|order| order.look) {
-            true => look(&hold).await,
-            false => Ok(()),
-        };
+        let (is_write, is_look) = (
+            all.iter().any(|order| order.write),
+            all.iter().any(|order| order.look),
+        );
+        // At once: they are of different acknowledgements.
+        let (written, seen) = tokio::join!(
+            async {
+                match is_write {
+                    true => write(&hold, &mut notes).await,
+                    false => Ok(()),
+                }
+            },
+            async {
+                match is_look {
+                    true => look(&hold).await,
+                    false => Ok(true),
+                }
+            }
+        );
         for order in all {
-            let failed = match (&written, &seen) {
-                (Err(error), _) if order.write => Some(error),
-                (_, Err(error)) if order.look => Some(error),
-                _ => None,
+            let answer = match (&written, &seen) {
+                (Err(error), _) if order.write => Err(error),
+                (_, Err(error)) if order.look => Err(error),
+                (_, Ok(there)) if order.look => Ok(*there),
+                _ => Ok(true),
             };
-            let answer = failed.map_or(Ok(()), |error| {
-                Err(Error::new(error.kind().clone(), error.message().to_owned()))
-            });
+            let answer = answer
+                .map_err(|error| Error::new(error.kind().clone(), error.message().to_owned()));
             let _ = order.done.send(answer);
         }
         if let Err(error) = notes
@@ -601,13 +639,16 @@ async fn write(hold: &Hold, notes: &mut Notes) -> Result<()> {
     Ok(())
 }
 
-async fn look(hold: &Hold) -> Result<()> {
+async fn look(hold: &Hold) -> Result<bool> {
     let deadline = Deadline::after(GOING);
-    if still_there(&hold.link, &hold.names, &hold.consumer, deadline).await? {
-        return Ok(());
-    }
-    hold.wake_up();
-    Err(settle::unknown())
+    still_there(&hold.link, &hold.names, &hold.consumer, deadline).await
+}
+
+fn is_outage(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::BrokerUnreachable | ErrorKind::DeadlineExceeded
+    )
 }
 
 /// Pulls, hands in, gives back, until it goes.

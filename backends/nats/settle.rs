@@ -7,6 +7,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use serde_json::Value;
 use tokio::{
     sync::oneshot,
@@ -86,6 +87,7 @@ impl LeaseTrait for Lease {
             Settlement::Ack => {
                 // In the caller's own time: dropped early, it may have been done, and is given back.
                 confirm(&self.hold, received.reply(), "+ACK", deadline).await?;
+                self.hold.believe(deadline).await?;
                 let sequence = received.sequence;
                 self.received = None;
                 return self.hold.settled(sequence, deadline).await;
@@ -160,44 +162,51 @@ pub(super) async fn tell(link: &Link, reply: &str, what: Bytes, deadline: Deadli
     answer.map(drop).map_err(Unanswered::into_error)
 }
 
-/// The same, until it is confirmed or known to be too late.
+/// The same, until it is confirmed or known to be too late. Sent again, it is confirmed by whichever answer
+/// comes first: on a machine that is starved every one of them is late.
 async fn confirm(hold: &Hold, reply: &str, what: &str, deadline: Deadline) -> Result<()> {
     let body = Bytes::copy_from_slice(what.as_bytes());
-    let mut sent_before = false;
+    let send = || hold.link.call(reply, None, &body, true, deadline);
+    let mut sent = FuturesUnordered::from_iter([send()]);
+    let mut times = 1;
     loop {
-        let patience = deadline.or_after(PATIENCE);
-        let answer = hold.link.call(reply, None, &body, true, patience).await;
-        let connected = hold.link.is_connected();
-        match answer {
-            Ok(answer) if !answer.nobody() => return Ok(()),
-            Ok(answer) => {
-                let first = answer.first && !sent_before;
-                if !still_there(&hold.link, &hold.names, &hold.consumer, deadline).await? {
-                    // For good, or only for this one of them: `next` is to know too.
-                    hold.wake_up();
-                    // One that was sent before may have come in time.
-                    return Err(if first { lost() } else { unknown() });
-                }
-                deadline.bound(sleep(PAUSE)).await?;
-            }
-            Err(error) if deadline.has_passed() => return Err(error.into_error()),
-            Err(Unanswered::NotSent(error)) if connected => return Err(error),
-            Err(_) => {
-                sent_before = true;
-                if connected {
-                    let (link, names) = (&hold.link, &hold.names);
-                    match delivered(link, names, &hold.consumer, deadline).await? {
-                        None => return Err(unknown()),
-                        // It was killed and knows of no such delivery: it will deliver again, and says
-                        // nothing to what is acknowledged before that.
-                        Some(last) if place(reply).is_some_and(|sequence| sequence > last) => {
-                            return Err(lost());
-                        }
-                        Some(_) => {}
+        tokio::select! {
+            biased;
+            Some(answer) = sent.next() => match answer {
+                Ok(answer) if !answer.nobody() => return Ok(()),
+                Ok(answer) => {
+                    let first = answer.first && times == 1;
+                    if !still_there(&hold.link, &hold.names, &hold.consumer, deadline).await? {
+                        // For good, or only for this one of them: `next` is to know too.
+                        hold.wake_up();
+                        // One that was sent before may have come in time.
+                        return Err(if first { lost() } else { unknown() });
                     }
+                    deadline.bound(sleep(PAUSE)).await?;
                 }
-            }
+                Err(error) => return Err(error.into_error()),
+            },
+            doubted = doubt(hold, reply, deadline) => doubted?,
         }
+        sent.push(send());
+        times += 1;
+    }
+}
+
+/// Ends after a while, if there may be an answer still, and with an error if there is none to come.
+async fn doubt(hold: &Hold, reply: &str, deadline: Deadline) -> Result<()> {
+    loop {
+        sleep(PATIENCE).await;
+        if hold.link.is_connected() {
+            break;
+        }
+    }
+    match delivered(&hold.link, &hold.names, &hold.consumer, deadline).await? {
+        None => Err(unknown()),
+        // It was killed and knows of no such delivery: it will deliver again, and says nothing to what is
+        // acknowledged before that.
+        Some(last) if place(reply).is_some_and(|sequence| sequence > last) => Err(lost()),
+        Some(_) => Ok(()),
     }
 }
 
@@ -289,6 +298,7 @@ async fn bury(
         None => {}
     }
     confirm(hold, received.reply(), "+TERM", deadline).await?;
+    hold.believe(deadline).await?;
     hold.settled(received.sequence, deadline).await
 }
 
