@@ -8,8 +8,12 @@
 //! The server alone is no arbiter between a delete and an acknowledgement. Before 2.10.19 it confirms those
 //! that it took in before the consumer was deleted and came to after that, and takes nothing out of the
 //! stream for them; later ones may still be at it when the stream is read. So whoever acknowledges believes
-//! a confirm only if the consumer is there after it (`Hold::settled`): that holds for one too that did not
+//! a confirm only if the consumer is there after it (`Hold::believe`): that holds for one too that did not
 //! listen when it was told to be quiet.
+//!
+//! Two who delete at once both put up a fence, since the server changes a stream without asking what it was
+//! before. The one whose fence stands there last deletes; the other sees that in time and lets him. So no
+//! change and no deletion is sent twice without a look in between: the name may be another queue's by then.
 //!
 //! Whoever dies in between leaves the fence, and with it a queue that is gone for everybody else. It is
 //! finished by the next who deletes or declares it, once it is certain that nobody is at work behind it.
@@ -56,23 +60,50 @@ pub(super) async fn delete(
 ) -> Result<Discarded> {
     link.alive()?;
     let names = Names::of(queue);
-    let there = loop {
+    let mut meant = None;
+    loop {
         let there = link.stream(&names, deadline).await?.ok_or_else(no_queue)?;
+        let made = there.description().map(|description| description.made);
+        if *meant.get_or_insert_with(|| made.clone()) != made {
+            // Another deleted it, and what stands there now came after.
+            return Err(no_queue());
+        }
         match (there.fence(), mode) {
-            (None, _) => break there,
+            (None, _) => {}
             // Somebody else deletes it.
             (Some(_), _) if !is_abandoned(link, &there) => {
                 deadline.bound(sleep(PAUSE)).await?;
+                continue;
             }
             // What is left is discarded by this call, since no other says so.
-            (Some(Fence::Deleting), DeleteMode::Discard) => break there,
-            (Some(_), _) => finish(link, &names, &there, deadline).await?,
+            (Some(Fence::Deleting), DeleteMode::Discard) => {}
+            (Some(_), _) => {
+                finish(link, &names, &there, deadline).await?;
+                continue;
+            }
         }
-    };
-    // Whoever takes longer stops, since somebody else may take its fence for abandoned then.
-    let deadline = deadline.or_after(ABANDONED / 2);
+        // Whoever takes longer stops, since somebody else may take its fence for abandoned then.
+        let within = deadline.or_after(ABANDONED / 2);
+        let done = match mode {
+            DeleteMode::IfEmpty => if_empty(link, &names, &there, within).await?,
+            DeleteMode::Discard => discard(link, &names, &there, within).await?,
+        };
+        if let Some(discarded) = done {
+            attach::nudge(link, &names).await;
+            return Ok(discarded);
+        }
+    }
+}
+
+/// `None`: another put up his fence instead.
+async fn if_empty(
+    link: &Link,
+    names: &Names,
+    there: &Stream,
+    deadline: Deadline,
+) -> Result<Option<Discarded>> {
     let not_empty = |stream: &Stream| {
-        let (living, dead) = stream.counts(&names);
+        let (living, dead) = stream.counts(names);
         match living + dead {
             0 => Ok(()),
             messages => Err(Error::new(
@@ -81,42 +112,58 @@ pub(super) async fn delete(
             )),
         }
     };
-    match mode {
-        DeleteMode::IfEmpty => {
-            not_empty(&there)?;
-            update(link, &names, &there, Some(Fence::Closing), deadline).await?;
-            barrier(link, &names, deadline).await?;
-            let fenced = link.queue(&names, deadline).await?;
-            if let Err(error) = not_empty(&fenced) {
-                update(link, &names, &there, None, deadline).await?;
-                return Err(error);
-            }
-            // Nothing comes in, so it stays empty. What was acked just now is told so before the queue goes.
-            update(link, &names, &there, Some(Fence::Deleting), deadline).await?;
-            quiet(link, &names, deadline).await?;
-            drop_stream(link, &names, deadline).await?;
-            attach::nudge(link, &names).await;
-            Ok(Discarded::default())
-        }
-        DeleteMode::Discard => {
-            update(link, &names, &there, Some(Fence::Deleting), deadline).await?;
-            barrier(link, &names, deadline).await?;
-            quiet(link, &names, deadline).await?;
-            // No ack returns Ok from here on: what is read below is what was not acked.
-            for consumer in consumers(link, &names, deadline).await? {
-                link.drop_consumer(&names, &consumer, deadline).await?;
-            }
-            let left = link.stream(&names, deadline).await?.ok_or_else(no_queue)?;
-            let (living, dead) = left.counts(&names);
-            let ids = ids(link, &names, living, deadline).await?;
-            let gone = drop_stream(link, &names, deadline).await?;
-            attach::nudge(link, &names).await;
-            if !gone {
-                return Err(no_queue());
-            }
-            Ok(Discarded::new(living + dead, ids))
-        }
+    not_empty(there)?;
+    let fence = update(link, names, there, Some(Fence::Closing), deadline).await?;
+    barrier(link, names, deadline).await?;
+    let Some(fenced) = behind(link, names, &fence, deadline).await? else {
+        return Ok(None);
+    };
+    if let Err(error) = not_empty(&fenced) {
+        update(link, names, &fenced, None, deadline).await?;
+        return Err(error);
     }
+    // Nothing comes in, so it stays empty. What was acked just now is told so before the queue goes.
+    let fence = update(link, names, &fenced, Some(Fence::Deleting), deadline).await?;
+    quiet(link, names, deadline).await?;
+    let gone = drop_stream(link, names, &fence, deadline).await?;
+    Ok(gone.then(Discarded::default))
+}
+
+/// `None`: another put up his fence instead, and tells what is discarded.
+async fn discard(
+    link: &Link,
+    names: &Names,
+    there: &Stream,
+    deadline: Deadline,
+) -> Result<Option<Discarded>> {
+    let fence = update(link, names, there, Some(Fence::Deleting), deadline).await?;
+    barrier(link, names, deadline).await?;
+    quiet(link, names, deadline).await?;
+    if behind(link, names, &fence, deadline).await?.is_none() {
+        return Ok(None);
+    }
+    // No ack returns Ok from here on: what is read below is what was not acked.
+    for consumer in consumers(link, names, deadline).await? {
+        link.drop_consumer(names, &consumer, deadline).await?;
+    }
+    let Some(left) = behind(link, names, &fence, deadline).await? else {
+        return Ok(None);
+    };
+    let (living, dead) = left.counts(names);
+    let ids = ids(link, names, living, deadline).await?;
+    let gone = drop_stream(link, names, &fence, deadline).await?;
+    Ok(gone.then(|| Discarded::new(living + dead, ids)))
+}
+
+/// The stream, if this very fence stands there.
+async fn behind(
+    link: &Link,
+    names: &Names,
+    fence: &Description,
+    deadline: Deadline,
+) -> Result<Option<Stream>> {
+    let there = link.stream(names, deadline).await?;
+    Ok(there.filter(|there| there.description().as_ref() == Some(fence)))
 }
 
 /// Asks the attached consumer to settle nothing more, and waits until what it had on its way is settled or
@@ -162,34 +209,74 @@ pub(super) async fn finish(
     there: &Stream,
     deadline: Deadline,
 ) -> Result<()> {
-    match there.fence() {
-        Some(Fence::Deleting) => drop_stream(link, names, deadline).await.map(drop),
-        Some(Fence::Closing) => update(link, names, there, None, deadline).await,
+    let Some(description) = there.description() else {
+        return Ok(());
+    };
+    match description.fence {
+        Some(Fence::Deleting) => {
+            let dropped = drop_stream(link, names, &description, deadline).await;
+            dropped.map(drop)
+        }
+        Some(Fence::Closing) => update(link, names, there, None, deadline).await.map(drop),
         None => Ok(()),
     }
 }
 
-/// Changes a stream's fence.
+/// Changes a stream's fence, and tells what stands in its description then.
 async fn update(
     link: &Link,
     names: &Names,
     there: &Stream,
     fence: Option<Fence>,
     deadline: Deadline,
-) -> Result<()> {
-    let description = there.description().ok_or_else(no_queue)?;
-    let description = Description {
+) -> Result<Description> {
+    let before = there.description().ok_or_else(no_queue)?;
+    let after = Description {
         fence,
         fenced_by: fence.map(|_| token()),
-        ..description
+        ..before.clone()
     };
     let replicas = there.config()["num_replicas"].as_u64().unwrap_or(1);
-    let config = config(names, &description, replicas);
+    let wanted = config(names, &after, replicas);
     let verb = format!("STREAM.UPDATE.{}", names.stream);
-    match link.api(&verb, &config, deadline).await? {
-        Ok(_) => Ok(()),
-        Err(refusal) => Err(refusal.into_error()),
+    loop {
+        match link.api_once(&verb, &wanted, deadline).await {
+            Ok(Ok(answer)) if answer["created"] == *there.created() => return Ok(after),
+            Ok(Ok(_)) => {
+                // It was deleted and made again since the look: the new one goes on, under the old one's
+                // arguments, which the name implies (law Q3).
+                let open = Description {
+                    fence: None,
+                    fenced_by: None,
+                    ..before
+                };
+                let open = config(names, &open, replicas);
+                let opened = link.api(&verb, &open, deadline).await?;
+                return Err(opened.err().map_or_else(no_queue, Refusal::into_error));
+            }
+            Ok(Err(refusal)) => return Err(refusal.into_error()),
+            Err(error) => look_again(error, deadline).await?,
+        }
+        let now = link.stream(names, deadline).await?;
+        match now.and_then(|now| now.description()) {
+            Some(now) if now == after => return Ok(after),
+            Some(now) if now.made == after.made => {}
+            _ => return Err(no_queue()),
+        }
     }
+}
+
+/// What was sent once had no answer: the error, unless there is time to look what became of it.
+async fn look_again(error: Unanswered, deadline: Deadline) -> Result<()> {
+    let error = error.into_error();
+    let passes = matches!(
+        error.kind(),
+        ErrorKind::BrokerUnreachable | ErrorKind::BrokerRefused | ErrorKind::DeadlineExceeded
+    );
+    if !passes || deadline.has_passed() {
+        return Err(error);
+    }
+    deadline.bound(sleep(PAUSE)).await
 }
 
 /// Waits until every message that the server took in before is stored or refused: it goes through the
@@ -203,16 +290,35 @@ async fn barrier(link: &Link, names: &Names, deadline: Deadline) -> Result<()> {
         .map_err(Unanswered::into_error)
 }
 
-/// False: somebody else did it.
-async fn drop_stream(link: &Link, names: &Names, deadline: Deadline) -> Result<bool> {
+/// Deletes what is behind this fence. False: there is none, or another's.
+async fn drop_stream(
+    link: &Link,
+    names: &Names,
+    fence: &Description,
+    deadline: Deadline,
+) -> Result<bool> {
     let verb = format!("STREAM.DELETE.{}", names.stream);
-    let gone = match link.api(&verb, &json!({}), deadline).await? {
-        Ok(_) => true,
-        Err(Refusal {
-            code: STREAM_NOT_FOUND,
-            ..
-        }) => false,
-        Err(refusal) => return Err(refusal.into_error()),
+    let mut sent = false;
+    let gone = loop {
+        let there = link.stream(names, deadline).await?;
+        match there.and_then(|there| there.description()) {
+            Some(there) if there == *fence => {}
+            // Somebody else is at it still.
+            Some(there) if there.made == fence.made => return Ok(false),
+            _ => break sent,
+        }
+        match link.api_once(&verb, &json!({}), deadline).await {
+            Ok(Ok(_)) => break true,
+            Ok(Err(Refusal {
+                code: STREAM_NOT_FOUND,
+                ..
+            })) => break sent,
+            Ok(Err(refusal)) => return Err(refusal.into_error()),
+            Err(error) => {
+                sent |= matches!(error, Unanswered::Unknown(_));
+                look_again(error, deadline).await?;
+            }
+        }
     };
     // A responder that was killed leaves its claim to time; with the queue it goes at once (law Q7).
     match link.purge(LANES, &names.claim(), deadline).await {

@@ -4,6 +4,7 @@ mod common;
 
 use std::{num::NonZeroU32, task::Poll, time::Duration};
 
+use futures_util::StreamExt;
 use wilco::{
     Deadline, ErrorKind, GuestAddress, GuestId, Message, MessageId,
     broker::{ConsumeOptions, DeleteMode, QueueSpec},
@@ -196,4 +197,76 @@ async fn q6_no_ack_is_ok_for_what_a_delete_tells() {
         }
     }
     assert!(acked > 0 && discarded > 0, "{acked}:{discarded}");
+}
+
+/// Of several who delete one queue at once, one says what it discarded; none takes away what is declared
+/// under the name after that (laws Q6, Q7).
+///
+/// Only here, since here deleting takes many steps, behind a fence that each of them puts up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn q6_deletes_at_once_leave_the_next_queue_alone() {
+    const ROUNDS: u32 = 40;
+    let within = || Deadline::after(Duration::from_secs(60));
+    let server = HARNESS.start(Use::Alone).await.expect("a server");
+    let (mut handles, control) = (Vec::new(), server.connect().await.expect("a handle"));
+    for _ in 0..3 {
+        handles.push(server.connect().await.expect("another"));
+    }
+    let queue = GuestAddress::from(GuestId::new("twice").expect("an id")).queue();
+    let spec = QueueSpec::new(queue.clone());
+    let store = async || {
+        let message = Message::new("check", "x").expect("a message");
+        let id = message.id.clone();
+        let stored = control.publish(&queue, message, within()).await;
+        stored.map(|_| vec![id])
+    };
+    let mut stood = 0;
+    for round in 0..ROUNDS {
+        control.declare(&spec, within()).await.expect("a queue");
+        let old = store().await.expect("stored");
+        let mut deletes: futures_util::stream::FuturesUnordered<_> = handles
+            .iter()
+            .map(|handle| handle.delete(&queue, DeleteMode::Discard, within()))
+            .collect();
+        let mut told = Vec::new();
+        let mut take = |gone: wilco::Result<wilco::broker::Discarded>| match gone {
+            Ok(gone) => told.push(gone.ids),
+            Err(error) => assert_eq!(*error.kind(), ErrorKind::NoQueue, "{round}: {error}"),
+        };
+        while let Some(gone) = deletes.next().await {
+            let done = gone.is_ok();
+            take(gone);
+            if done {
+                break;
+            }
+        }
+        // The others are at it still, or come too late.
+        let new = async {
+            control.declare(&spec, within()).await.expect("a new queue");
+            store().await
+        };
+        let rest = async {
+            let mut rest = Vec::new();
+            while let Some(gone) = deletes.next().await {
+                rest.push(gone);
+            }
+            rest
+        };
+        let (new, rest) = tokio::join!(new, rest);
+        rest.into_iter().for_each(&mut take);
+        if told == [old.clone()] {
+            assert!(new.is_ok(), "{round}: the new queue is open: {new:?}");
+            let status = control.status(&queue, within()).await.expect("a status");
+            assert_eq!(status.messages(), 1, "{round}: the new queue stands");
+            control
+                .delete(&queue, DeleteMode::Discard, within())
+                .await
+                .expect("deleted");
+            stood += 1;
+        } else {
+            // One that began after all that deletes the new one, and says so.
+            assert_eq!(told, [old, new.unwrap_or_default()], "{round}");
+        }
+    }
+    assert!(stood > ROUNDS / 2, "most leave the new one alone: {stood}");
 }
