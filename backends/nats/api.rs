@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::{
-    connection::{Answer, Link, Unanswered},
+    connection::{Answer, Link, Unanswered, unreachable},
     form,
     names::Names,
     no_queue,
@@ -90,13 +90,43 @@ impl Link {
                 }
             }
             if deadline.remaining() < PAUSE {
-                return Err(Error::new(
-                    ErrorKind::BrokerRefused,
-                    "JetStream does not answer: it is not enabled (jetstream {} in the server's \
-                     configuration), or its cluster has no leader",
-                ));
+                return Err(silent());
             }
             sleep(PAUSE).await;
+        }
+    }
+
+    /// Calls the API and sends that once only, for what must not be done a second time unseen. Ends too when
+    /// the connection was made again: no answer is to be expected then.
+    pub(super) async fn api_once(
+        &self,
+        verb: &str,
+        body: &Value,
+        deadline: Deadline,
+    ) -> Result<Result<Value, Refusal>, Unanswered> {
+        let subject = format!("$JS.API.{verb}");
+        let body = Bytes::from(body.to_string());
+        let mut state = self.state();
+        let generation = state.borrow().generation;
+        let answer = tokio::select! {
+            biased;
+            answer = self.call(&subject, None, &body, false, deadline) => answer?,
+            _ = state.wait_for(|state| state.generation != generation) => {
+                let error = unreachable(&self.options, "the connection was lost");
+                return Err(Unanswered::Unknown(error));
+            }
+        };
+        if answer.nobody() {
+            return Err(Unanswered::NotSent(silent()));
+        }
+        let value: Value = json_of(&answer).map_err(Unanswered::Unknown)?;
+        match Refusal::of(&value) {
+            Some(Refusal {
+                code: 10_008 | 10_009,
+                ..
+            }) => Err(Unanswered::NotSent(silent())),
+            Some(refusal) => Ok(Err(refusal)),
+            None => Ok(Ok(value)),
         }
     }
 
@@ -220,7 +250,8 @@ impl Link {
     ) -> Result<Option<Value>> {
         let verb = format!("CONSUMER.INFO.{}.{consumer}", names.stream);
         match self.api(&verb, &json!({}), deadline).await? {
-            Ok(value) => Ok(Some(value)),
+            // Of one that is just being deleted it says neither what it is nor that it is not there.
+            Ok(value) => Ok(Some(value).filter(|value| value["name"].is_string())),
             Err(Refusal {
                 code: CONSUMER_NOT_FOUND,
                 ..
@@ -268,6 +299,14 @@ impl Link {
     }
 }
 
+fn silent() -> Error {
+    Error::new(
+        ErrorKind::BrokerRefused,
+        "JetStream does not answer: it is not enabled (jetstream {} in the server's \
+         configuration), or its cluster has no leader",
+    )
+}
+
 pub(super) fn json_of(answer: &Answer) -> Result<Value> {
     serde_json::from_slice(&answer.message.payload).map_err(|error| {
         Error::new(
@@ -287,6 +326,9 @@ pub(super) struct Description {
     pub(super) made: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) fence: Option<Fence>,
+    /// Tells this fence from those before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) fenced_by: Option<String>,
 }
 
 /// Why a stream takes no messages.
@@ -314,6 +356,11 @@ impl Stream {
 
     pub(super) fn fence(&self) -> Option<Fence> {
         self.description()?.fence
+    }
+
+    /// When it was made, which tells it from one of the same name that was made later.
+    pub(super) fn created(&self) -> &Value {
+        &self.0["created"]
     }
 
     pub(super) fn spec(&self, queue: &QueueName) -> Result<QueueSpec> {

@@ -16,7 +16,7 @@ use futures_util::StreamExt;
 use tokio::{
     sync::{Semaphore, oneshot, watch},
     task::AbortHandle,
-    time::{sleep, timeout_at},
+    time::{Instant, sleep, timeout_at},
 };
 
 use super::{closed, consume::Hold, options::Options, requests::Lane};
@@ -60,6 +60,8 @@ pub(super) struct Link {
     tasks: Vec<AbortHandle>,
     holds: Mutex<Vec<Weak<Hold>>>,
     lanes: Mutex<Vec<Weak<Lane>>>,
+    /// Since when this handle has seen a queue's fence, by who put it up.
+    pub(super) fences: Mutex<HashMap<String, Instant>>,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -149,6 +151,7 @@ impl Link {
             tasks,
             holds: Mutex::default(),
             lanes: Mutex::default(),
+            fences: Mutex::default(),
         }))
     }
 

@@ -14,6 +14,7 @@ use std::{
 
 use async_nats::{Message as Raw, Subscriber};
 use async_trait::async_trait;
+use bytes::Bytes;
 use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -75,7 +76,33 @@ pub(super) struct Hold {
     pub(super) hush: Notify,
     deaf: watch::Sender<bool>,
     gone: watch::Sender<bool>,
-    scribe: mpsc::Sender<oneshot::Sender<Result<()>>>,
+    /// How many settlements are on their way.
+    settling: watch::Sender<usize>,
+    scribe: mpsc::Sender<Order>,
+}
+
+/// What the scribe is to do before it answers.
+struct Order {
+    write: bool,
+    /// Look whether the server's consumer is there still: that is the answer then.
+    look: bool,
+    done: oneshot::Sender<Result<bool>>,
+}
+
+/// A settlement on its way.
+pub(super) struct Settling(Arc<Hold>);
+
+impl Settling {
+    pub(super) fn begin(hold: &Arc<Hold>) -> Self {
+        hold.settling.send_modify(|settling| *settling += 1);
+        Self(Arc::clone(hold))
+    }
+}
+
+impl Drop for Settling {
+    fn drop(&mut self) {
+        self.0.settling.send_modify(|settling| *settling -= 1);
+    }
 }
 
 #[derive(Debug)]
@@ -253,6 +280,7 @@ async fn begin(
         hush: Notify::new(),
         deaf: watch::Sender::new(false),
         gone: watch::Sender::new(false),
+        settling: watch::Sender::new(0),
         scribe,
         link,
     });
@@ -372,6 +400,15 @@ impl Hold {
         deadline.bound(gone.wait_for(|gone| *gone)).await.map(drop)
     }
 
+    /// Waits until no settlement is on its way; for one that lets no new one begin.
+    pub(super) async fn until_settled(&self, deadline: Deadline) -> Result<()> {
+        let mut settling = self.settling.subscribe();
+        deadline
+            .bound(settling.wait_for(|settling| *settling == 0))
+            .await
+            .map(drop)
+    }
+
     pub(super) fn end(&self, kind: ErrorKind) {
         let mut inner = lock(&self.inner);
         if inner.phase == Phase::Attached {
@@ -418,30 +455,62 @@ impl Hold {
         }
     }
 
-    /// A message is settled: it is held no more, and there is room for another.
+    /// Whether the server's word that a message is settled counts: only if its consumer is there after it,
+    /// since of one that was deleted meanwhile it confirms what it did not do (laws C4, Q6).
+    pub(super) async fn believe(&self, deadline: Deadline) -> Result<()> {
+        if self.insist(false, true, deadline).await? {
+            return Ok(());
+        }
+        self.wake_up();
+        Err(settle::unknown())
+    }
+
+    /// A message is settled for certain: it is held no more, and there is room for another.
     ///
     /// Where the server would forget that when it is killed, it is noted first (law C2).
     pub(super) async fn settled(&self, sequence: u64, deadline: Deadline) -> Result<()> {
+        let forgetful = !self.link.is_synced();
         {
             let mut inner = lock(&self.inner);
             inner.held.remove(&sequence);
             inner.marks.remove(&sequence);
-            if !self.link.is_synced() {
+            if forgetful {
                 settle(&mut inner.settled, sequence);
             }
         }
         self.wake.notify_one();
-        if self.link.is_synced() {
-            return Ok(());
+        match forgetful {
+            true => self.insist(true, false, deadline).await.map(drop),
+            false => Ok(()),
         }
-        self.note(deadline).await
+    }
+
+    /// Orders again for as long as the caller has: the scribe gives up sooner, and an outage is no answer.
+    async fn insist(&self, write: bool, look: bool, deadline: Deadline) -> Result<bool> {
+        loop {
+            match self.order(write, look, deadline).await {
+                Err(error)
+                    if is_outage(&error)
+                        && !deadline.has_passed()
+                        && !self.void.load(Ordering::Acquire) =>
+                {
+                    deadline.bound(sleep(PAUSE)).await?;
+                }
+                answer => return answer,
+            }
+        }
     }
 
     /// Writes the notes as they are now, or later.
     pub(super) async fn note(&self, deadline: Deadline) -> Result<()> {
-        let (sender, answer) = oneshot::channel();
+        self.order(true, false, deadline).await.map(drop)
+    }
+
+    async fn order(&self, write: bool, look: bool, deadline: Deadline) -> Result<bool> {
+        let (done, answer) = oneshot::channel();
+        let order = Order { write, look, done };
         deadline
-            .bound(self.scribe.send(sender))
+            .bound(self.scribe.send(order))
             .await?
             .map_err(|_| closed())?;
         deadline.bound(answer).await?.map_err(|_| closed())?
@@ -500,40 +569,47 @@ impl std::fmt::Debug for Hold {
     }
 }
 
-/// Writes the notes for all who asked meanwhile at once.
+/// Writes the notes, and looks after the consumer, for all who asked meanwhile at once.
 async fn write_notes(
     hold: std::sync::Weak<Hold>,
     mut notes: Notes,
-    mut orders: mpsc::Receiver<oneshot::Sender<Result<()>>>,
+    mut orders: mpsc::Receiver<Order>,
 ) {
     while let Some(order) = orders.recv().await {
-        let mut askers = vec![order];
+        let mut all = vec![order];
         while let Ok(order) = orders.try_recv() {
-            askers.push(order);
+            all.push(order);
         }
         let Some(hold) = hold.upgrade() else { return };
-        {
-            let inner = lock(&hold.inner);
-            notes.marks.clone_from(&inner.marks);
-            notes.settled.clone_from(&inner.settled);
-            if inner.phase != Phase::Attached {
-                notes.holder = None;
-                notes.consumer = inner.shared.then(|| hold.consumer.clone());
+        let (is_write, is_look) = (
+            all.iter().any(|order| order.write),
+            all.iter().any(|order| order.look),
+        );
+        // At once: they are of different acknowledgements.
+        let (written, seen) = tokio::join!(
+            async {
+                match is_write {
+                    true => write(&hold, &mut notes).await,
+                    false => Ok(()),
+                }
+            },
+            async {
+                match is_look {
+                    true => look(&hold).await,
+                    false => Ok(true),
+                }
             }
-        }
-        let written = notes
-            .write(&hold.link, &hold.names, Deadline::after(GOING))
-            .await;
-        if written.is_ok() && !hold.link.is_synced() {
-            // As the writer does: its own places lie between the messages.
-            settle(&mut lock(&hold.inner).settled, notes.place());
-        }
-        for asker in askers {
-            let answer = match &written {
-                Ok(()) => Ok(()),
-                Err(error) => Err(Error::new(error.kind().clone(), error.message().to_owned())),
+        );
+        for order in all {
+            let answer = match (&written, &seen) {
+                (Err(error), _) if order.write => Err(error),
+                (_, Err(error)) if order.look => Err(error),
+                (_, Ok(there)) if order.look => Ok(*there),
+                _ => Ok(true),
             };
-            let _ = asker.send(answer);
+            let answer = answer
+                .map_err(|error| Error::new(error.kind().clone(), error.message().to_owned()));
+            let _ = order.done.send(answer);
         }
         if let Err(error) = notes
             .tidy(&hold.link, &hold.names, Deadline::after(GOING))
@@ -542,6 +618,37 @@ async fn write_notes(
             tracing::debug!(%error, "an old copy of the notes is left");
         }
     }
+}
+
+async fn write(hold: &Hold, notes: &mut Notes) -> Result<()> {
+    {
+        let inner = lock(&hold.inner);
+        notes.marks.clone_from(&inner.marks);
+        notes.settled.clone_from(&inner.settled);
+        if inner.phase != Phase::Attached {
+            notes.holder = None;
+            notes.consumer = inner.shared.then(|| hold.consumer.clone());
+        }
+    }
+    let deadline = Deadline::after(GOING);
+    notes.write(&hold.link, &hold.names, deadline).await?;
+    if !hold.link.is_synced() {
+        // As the writer does: its own places lie between the messages.
+        settle(&mut lock(&hold.inner).settled, notes.place());
+    }
+    Ok(())
+}
+
+async fn look(hold: &Hold) -> Result<bool> {
+    let deadline = Deadline::after(GOING);
+    still_there(&hold.link, &hold.names, &hold.consumer, deadline).await
+}
+
+fn is_outage(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::BrokerUnreachable | ErrorKind::DeadlineExceeded
+    )
 }
 
 /// Pulls, hands in, gives back, until it goes.
@@ -772,6 +879,9 @@ async fn leave(hold: &Arc<Hold>, arrivals: Subscriber) {
         buffer.extend(rest(hold, arrivals, deadline).await);
     } else {
         drop(arrivals);
+        // With the server's consumer goes what its confirms are worth: what is on its way gets its answer
+        // first. Nothing new begins, since nobody holds anything, or nobody may settle it.
+        let _ = hold.until_settled(deadline.or_after(GOING / 2)).await;
     }
     if let Err(error) = go(hold, buffer, deadline).await {
         // The next one finds it dead.
@@ -812,10 +922,14 @@ async fn go(hold: &Arc<Hold>, buffer: VecDeque<Received>, deadline: Deadline) ->
     hold.note(deadline).await?;
     if lock(&hold.inner).shared {
         let back = going_back(hold, buffer, deadline).await;
-        let given = back
-            .values()
-            .map(|reply| settle::tell(&hold.link, reply, "-NAK", deadline));
-        futures_util::future::join_all(given).await;
+        // The server puts what is given back behind what waits to be delivered again already. Put off for
+        // now, all of it leaves that line, and then enters it in the order of the queue (law C11).
+        let lease = hold.link.options.takeover.as_nanos();
+        for what in [format!("-NAK {{\"delay\":{lease}}}"), "-NAK".into()] {
+            if let Err(error) = give_back(hold, &back, what, deadline).await {
+                tracing::debug!(%error, "what was buffered comes when its lease runs out");
+            }
+        }
     } else {
         // All that it had in its hands or on its way goes back with it, at once.
         hold.link
@@ -827,32 +941,59 @@ async fn go(hold: &Arc<Hold>, buffer: VecDeque<Received>, deadline: Deadline) ->
         .await
 }
 
-/// Where all that goes back is given back, in the order of the queue, which the server keeps (law C11):
-/// what was buffered, and what the server had on its way while it heard that nobody listens. That came to
-/// nobody, and is known by its number alone; what was handed out is noted, and stays with its holders.
+/// Tells the server the same of each, one after the other: it keeps their order, and with its word on the
+/// last it has come to all.
+async fn give_back(
+    hold: &Hold,
+    back: &BTreeMap<u64, String>,
+    what: String,
+    deadline: Deadline,
+) -> Result<()> {
+    let mut replies = back.values();
+    let Some(last) = replies.next_back() else {
+        return Ok(());
+    };
+    let body = Bytes::from(what);
+    for reply in replies {
+        let sent = hold.link.client.publish(reply.clone(), body.clone());
+        deadline.bound(sent).await?.map_err(gone)?;
+    }
+    settle::tell(&hold.link, last, body, deadline).await
+}
+
+/// Where all that goes back is given back, in the order of the queue: what was buffered, and what the server
+/// had on its way while it heard that nobody listens, or was about to deliver again. That came to nobody,
+/// and is known by its number alone; what was handed out is noted, and stays with its holders.
 async fn going_back(
     hold: &Hold,
     buffer: VecDeque<Received>,
     deadline: Deadline,
 ) -> BTreeMap<u64, String> {
-    let buffered = buffer.iter();
-    let mut back: BTreeMap<_, _> = buffered
-        .map(|received| (received.sequence, received.reply().to_owned()))
-        .collect();
     let told = hold.link.consumer(&hold.names, &hold.consumer, deadline);
-    let Ok(Some(told)) = told.await else {
-        return back;
-    };
+    let told = told.await.ok().flatten().unwrap_or_default();
     let number = |of: &str, which: &str| told[of][which].as_u64().unwrap_or(0);
     let last = number("delivered", "stream_seq");
     let first = number("ack_floor", "stream_seq").max(last.saturating_sub(MOST_ON_ITS_WAY)) + 1;
     let inner = lock(&hold.inner);
-    let Some(held) = inner.held.values().next() else {
+    let in_hand = |sequence| {
+        inner
+            .held
+            .get(&sequence)
+            .is_some_and(|held| !held.returning)
+    };
+    let buffered = buffer.iter();
+    let mut back: BTreeMap<_, _> = buffered
+        .filter(|received| !in_hand(received.sequence))
+        .map(|received| (received.sequence, received.reply().to_owned()))
+        .collect();
+    let known = inner.held.values().map(|held| held.reply.as_str());
+    let known = known.chain(buffer.iter().map(Received::reply)).next();
+    let Some(known) = known.map(str::to_owned) else {
         return back;
     };
     for sequence in first..=last {
         if !inner.marks.contains_key(&sequence) {
-            let reply = || reply_of(&held.reply, sequence, number("delivered", "consumer_seq"));
+            let reply = || reply_of(&known, sequence, number("delivered", "consumer_seq"));
             back.entry(sequence).or_insert_with(reply);
         }
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use async_nats::{Message as Raw, Subscriber};
+use bytes::Bytes;
 use futures_util::StreamExt;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
@@ -11,6 +12,9 @@ use super::{
     consume::{Hold, Phase},
 };
 use crate::deadline::Deadline;
+
+/// What whoever deletes a queue asks its consumer.
+pub(super) const FINISH: &[u8] = b"finish";
 
 /// Until nothing is held any more.
 pub(super) async fn keep(hold: Arc<Hold>, alive: Subscriber, asked: Subscriber) {
@@ -46,6 +50,14 @@ async fn next(questions: Option<&mut Subscriber>) -> Option<Raw> {
 }
 
 async fn answer(hold: &Hold, question: Raw) {
+    if question.payload == FINISH
+        && let Some(reply) = &question.reply
+        && finish(hold).await
+    {
+        // Whoever deletes the queue waits for this, though not for ever.
+        let _ = hold.link.client.publish(reply.clone(), Bytes::new()).await;
+        return;
+    }
     if lock(&hold.inner).phase != Phase::Attached {
         // Another may be attached by now, whose word it is.
         return;
@@ -61,6 +73,17 @@ async fn answer(hold: &Hold, question: Raw) {
         // Whoever asked asks again.
         let _ = hold.link.client.publish(reply, told.into()).await;
     }
+}
+
+/// The queue is being deleted: settles nothing more, and waits for what is on its way. False: it is not,
+/// or nothing is known.
+async fn finish(hold: &Hold) -> bool {
+    let deadline = Deadline::after(hold.link.options.takeover);
+    // Not on anybody's word: the server is asked.
+    let checked = hold.check(deadline).await;
+    checked.is_ok()
+        && lock(&hold.inner).phase != Phase::Attached
+        && hold.until_settled(deadline).await.is_ok()
 }
 
 async fn extend(hold: &Hold) {

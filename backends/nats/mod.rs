@@ -29,6 +29,7 @@ mod attach;
 mod connection;
 mod consume;
 mod dead;
+mod delete;
 mod durability;
 mod form;
 mod keep;
@@ -130,7 +131,7 @@ impl Broker for Nats {
         mode: DeleteMode,
         deadline: Deadline,
     ) -> Result<Discarded> {
-        topology::delete(&self.link, queue, mode, deadline)
+        delete::delete(&self.link, queue, mode, deadline)
             .await
             .map_err(at("delete", queue))
     }

@@ -7,6 +7,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use serde_json::Value;
 use tokio::{
     sync::oneshot,
@@ -18,7 +19,7 @@ use super::{
     attach::{delivered, still_there},
     closed,
     connection::{Link, Unanswered, lock},
-    consume::{Hold, Phase, Received, place},
+    consume::{Hold, Phase, Received, Settling, place},
     form,
     notes::now_ms,
 };
@@ -70,6 +71,8 @@ impl Drop for Lease {
 #[async_trait]
 impl LeaseTrait for Lease {
     async fn settle(mut self: Box<Self>, settlement: Settlement, deadline: Deadline) -> Result<()> {
+        // Counted before it looks, so that whoever stops it either sees it or is seen.
+        let settling = Settling::begin(&self.hold);
         self.hold.may_settle()?;
         if deadline.has_passed() {
             return Err(Error::new(
@@ -84,6 +87,7 @@ impl LeaseTrait for Lease {
             Settlement::Ack => {
                 // In the caller's own time: dropped early, it may have been done, and is given back.
                 confirm(&self.hold, received.reply(), "+ACK", deadline).await?;
+                self.hold.believe(deadline).await?;
                 let sequence = received.sequence;
                 self.received = None;
                 return self.hold.settled(sequence, deadline).await;
@@ -97,6 +101,7 @@ impl LeaseTrait for Lease {
         };
         let hold = Arc::clone(&self.hold);
         tokio::spawn(async move {
+            let _settling = settling;
             let done = match how {
                 Settlement::Retry(delay) => retry(&hold, &received, delay, deadline).await,
                 Settlement::DeadLetter(reason) => bury(&hold, &received, &reason, deadline).await,
@@ -152,61 +157,60 @@ impl Hold {
 }
 
 /// Tells the server something of a delivery and waits for its confirm.
-pub(super) async fn tell(
-    link: &Link,
-    reply: &str,
-    what: &'static str,
-    deadline: Deadline,
-) -> Result<bool> {
-    let body = Bytes::from_static(what.as_bytes());
-    let answer = link.call(reply, None, &body, true, deadline).await;
-    answer
-        .map(|answer| !answer.nobody())
-        .map_err(Unanswered::into_error)
+pub(super) async fn tell(link: &Link, reply: &str, what: Bytes, deadline: Deadline) -> Result<()> {
+    let answer = link.call(reply, None, &what, true, deadline).await;
+    answer.map(drop).map_err(Unanswered::into_error)
 }
 
-/// The same, until it is confirmed or known to be too late.
+/// The same, until it is confirmed or known to be too late. Sent again, it is confirmed by whichever answer
+/// comes first: on a machine that is starved every one of them is late.
 async fn confirm(hold: &Hold, reply: &str, what: &str, deadline: Deadline) -> Result<()> {
     let body = Bytes::copy_from_slice(what.as_bytes());
-    let mut sent_before = false;
+    let send = || hold.link.call(reply, None, &body, true, deadline);
+    let mut sent = FuturesUnordered::from_iter([send()]);
+    let mut times = 1;
     loop {
-        let patience = deadline.or_after(PATIENCE);
-        let answer = hold.link.call(reply, None, &body, true, patience).await;
-        let connected = hold.link.is_connected();
-        match answer {
-            Ok(answer) if !answer.nobody() => return Ok(()),
-            Ok(answer) => {
-                let first = answer.first && !sent_before;
-                if !still_there(&hold.link, &hold.names, &hold.consumer, deadline).await? {
-                    // For good, or only for this one of them: `next` is to know too.
-                    hold.wake_up();
-                    // One that was sent before may have come in time.
-                    return Err(if first { lost() } else { unknown() });
-                }
-                deadline.bound(sleep(PAUSE)).await?;
-            }
-            Err(error) if deadline.has_passed() => return Err(error.into_error()),
-            Err(Unanswered::NotSent(error)) if connected => return Err(error),
-            Err(_) => {
-                sent_before = true;
-                if connected {
-                    let (link, names) = (&hold.link, &hold.names);
-                    match delivered(link, names, &hold.consumer, deadline).await? {
-                        None => return Err(unknown()),
-                        // It was killed and knows of no such delivery: it will deliver again, and says
-                        // nothing to what is acknowledged before that.
-                        Some(last) if place(reply).is_some_and(|sequence| sequence > last) => {
-                            return Err(lost());
-                        }
-                        Some(_) => {}
+        tokio::select! {
+            biased;
+            Some(answer) = sent.next() => match answer {
+                Ok(answer) if !answer.nobody() => return Ok(()),
+                Ok(answer) => {
+                    let first = answer.first && times == 1;
+                    if !still_there(&hold.link, &hold.names, &hold.consumer, deadline).await? {
+                        // For good, or only for this one of them: `next` is to know too.
+                        hold.wake_up();
+                        // One that was sent before may have come in time.
+                        return Err(if first { lost() } else { unknown() });
                     }
+                    deadline.bound(sleep(PAUSE)).await?;
                 }
-            }
+                Err(error) => return Err(error.into_error()),
+            },
+            doubted = doubt(hold, reply, deadline) => doubted?,
         }
+        sent.push(send());
+        times += 1;
     }
 }
 
-fn unknown() -> Error {
+/// Ends after a while, if there may be an answer still, and with an error if there is none to come.
+async fn doubt(hold: &Hold, reply: &str, deadline: Deadline) -> Result<()> {
+    loop {
+        sleep(PATIENCE).await;
+        if hold.link.is_connected() {
+            break;
+        }
+    }
+    match delivered(&hold.link, &hold.names, &hold.consumer, deadline).await? {
+        None => Err(unknown()),
+        // It was killed and knows of no such delivery: it will deliver again, and says nothing to what is
+        // acknowledged before that.
+        Some(last) if place(reply).is_some_and(|sequence| sequence > last) => Err(lost()),
+        Some(_) => Ok(()),
+    }
+}
+
+pub(super) fn unknown() -> Error {
     Error::new(
         ErrorKind::BrokerUnreachable,
         "the acknowledgement was sent and not confirmed: the message may come again",
@@ -294,6 +298,7 @@ async fn bury(
         None => {}
     }
     confirm(hold, received.reply(), "+TERM", deadline).await?;
+    hold.believe(deadline).await?;
     hold.settled(received.sequence, deadline).await
 }
 
@@ -308,6 +313,7 @@ pub(super) async fn end(hold: &Arc<Hold>, received: &Received) {
 /// Gives back what was dropped: it comes again, counted, or has been delivered often enough.
 pub(super) async fn give_back(hold: &Arc<Hold>, received: &Received) {
     let deadline = Deadline::after(GIVING_BACK);
+    let _settling = Settling::begin(hold);
     let given = if received.attempt >= hold.limit {
         bury(hold, received, &over(hold.limit), deadline).await
     } else {

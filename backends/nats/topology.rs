@@ -1,28 +1,22 @@
-//! Queues: one stream each, made, looked at and deleted.
-//!
-//! A stream is made in one step, so a queue is there whole or not at all. Deleting takes several, behind
-//! a fence: the stream's configuration no longer lists the subject of new messages, so that from then on
-//! the server itself answers every publish with "no responders" (law Q6).
+//! Queues: one stream each, made in one step, so that a queue is there whole or not at all, and looked at.
 
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use super::{
-    api::{Description, Fence, Refusal, STREAM_EXISTS, STREAM_NOT_FOUND, SUBJECTS_OVERLAP, Stream},
-    attach,
+    api::{Description, Refusal, STREAM_EXISTS, SUBJECTS_OVERLAP, Stream},
     connection::{Link, Unanswered},
     consume::Told,
-    form,
+    delete,
     names::{LANES, Names, token},
-    no_queue,
     notes::Notes,
 };
 use crate::{
-    broker::{Declared, DeleteMode, Discarded, QueueSpec, QueueStatus},
+    broker::{Declared, QueueSpec, QueueStatus},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
     names::QueueName,
@@ -31,19 +25,15 @@ use crate::{
 /// How long the server knows an id: wider than any deadline of a publish that is sent again.
 const DUPLICATES: Duration = Duration::from_secs(10 * 60);
 
-/// How often a fence is looked at again.
+/// How often a queue that is being made or deleted is looked at again.
 const PAUSE: Duration = Duration::from_millis(10);
-
-/// After this long a fence was left behind by somebody who did not live to finish. Deleting stops well
-/// before it.
-const ABANDONED: Duration = Duration::from_secs(30);
 
 /// How long a status waits for a consumer that is attached and says nothing.
 const SILENCE: Duration = Duration::from_millis(250);
 const QUESTIONS: u32 = 3;
 
 /// The configuration of a queue's stream.
-fn config(names: &Names, description: &Description, replicas: u64) -> Value {
+pub(super) fn config(names: &Names, description: &Description, replicas: u64) -> Value {
     let mut config = json!({
         "name": names.stream,
         "description": serde_json::to_string(description).unwrap_or_default(),
@@ -83,6 +73,7 @@ pub(super) async fn declare(link: &Link, spec: &QueueSpec, deadline: Deadline) -
         max_messages: spec.max_messages,
         made: token(),
         fence: None,
+        fenced_by: None,
     };
     let wanted = config(
         &names,
@@ -90,19 +81,22 @@ pub(super) async fn declare(link: &Link, spec: &QueueSpec, deadline: Deadline) -
         link.options.replicas.unwrap_or(1).into(),
     );
     let verb = format!("STREAM.CREATE.{}", names.stream);
-    let mut fenced_since = None;
     loop {
-        match link.api(&verb, &wanted, deadline).await? {
+        let overlap = match link.api(&verb, &wanted, deadline).await? {
             Ok(_) => return Ok(Declared::Created),
-            Err(refusal) if refusal.code == STREAM_EXISTS => {}
-            Err(refusal) if refusal.code == SUBJECTS_OVERLAP => {
-                return Err(mismatch(vec![
-                    "subjects of this queue belong to another stream".into(),
-                ]));
-            }
+            Err(refusal) if refusal.code == STREAM_EXISTS => false,
+            Err(refusal) if refusal.code == SUBJECTS_OVERLAP => true,
             Err(refusal) => return Err(refusal.into_error()),
-        }
+        };
         let Some(there) = link.stream(&names, deadline).await? else {
+            // The subjects are of a stream that is being made, which is this very queue's unless the
+            // server names another.
+            if overlap && let Some(other) = owner(link, &names, &wanted, deadline).await? {
+                return Err(mismatch(vec![format!(
+                    "subjects of this queue belong to another stream, {other}"
+                )]));
+            }
+            deadline.bound(sleep(PAUSE)).await?;
             continue;
         };
         match there.fence() {
@@ -113,30 +107,33 @@ pub(super) async fn declare(link: &Link, spec: &QueueSpec, deadline: Deadline) -
                 }
                 return Err(mismatch(differences));
             }
-            Some(fence) => {
-                let since = *fenced_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > ABANDONED {
-                    finish(link, &names, &there, fence, deadline).await?;
-                } else {
-                    deadline.bound(sleep(PAUSE)).await?;
-                }
+            Some(_) if delete::is_abandoned(link, &there) => {
+                delete::finish(link, &names, &there, deadline).await?;
             }
+            Some(_) => deadline.bound(sleep(PAUSE)).await?,
         }
     }
 }
 
-/// Ends what somebody began and did not live to end: a deletion is carried out, a look is called off.
-async fn finish(
+/// Another stream to which the server gives messages of this queue's subjects.
+async fn owner(
     link: &Link,
     names: &Names,
-    there: &Stream,
-    fence: Fence,
+    wanted: &Value,
     deadline: Deadline,
-) -> Result<()> {
-    match fence {
-        Fence::Deleting => drop_stream(link, names, deadline).await.map(drop),
-        Fence::Closing => update(link, names, there, None, deadline).await,
+) -> Result<Option<String>> {
+    for subject in wanted["subjects"].as_array().into_iter().flatten() {
+        let found = link
+            .api("STREAM.NAMES", &json!({ "subject": subject }), deadline)
+            .await?
+            .map_err(Refusal::into_error)?;
+        let mut streams = found["streams"].as_array().into_iter().flatten();
+        let other = streams.find_map(|name| name.as_str().filter(|name| *name != names.stream));
+        if let Some(other) = other {
+            return Ok(Some(other.to_owned()));
+        }
     }
+    Ok(None)
 }
 
 fn mismatch(differences: Vec<String>) -> Error {
@@ -289,144 +286,4 @@ pub(super) async fn list(link: &Link, deadline: Deadline) -> Result<Vec<QueueSta
     }
     all.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(all)
-}
-
-pub(super) async fn delete(
-    link: &Link,
-    queue: &QueueName,
-    mode: DeleteMode,
-    deadline: Deadline,
-) -> Result<Discarded> {
-    link.alive()?;
-    let names = Names::of(queue);
-    // Whoever takes longer stops, since somebody else may take its fence for abandoned then.
-    let deadline = deadline.or_after(ABANDONED / 2);
-    let there = loop {
-        let there = link.queue(&names, deadline).await?;
-        match (there.fence(), mode) {
-            (None, _) | (Some(Fence::Closing), DeleteMode::Discard) => break there,
-            // Somebody else is looking whether it is empty.
-            (Some(_), _) => deadline.bound(sleep(PAUSE)).await?,
-        }
-    };
-    let not_empty = |stream: &Stream| {
-        let (living, dead) = stream.counts(&names);
-        match living + dead {
-            0 => Ok(()),
-            messages => Err(Error::new(
-                ErrorKind::NotEmpty { messages },
-                format!("the queue holds {messages} messages; say that they may be discarded"),
-            )),
-        }
-    };
-    match mode {
-        DeleteMode::IfEmpty => {
-            not_empty(&there)?;
-            update(link, &names, &there, Some(Fence::Closing), deadline).await?;
-            barrier(link, &names, deadline).await?;
-            let fenced = link.queue(&names, deadline).await?;
-            if let Err(error) = not_empty(&fenced) {
-                update(link, &names, &there, None, deadline).await?;
-                return Err(error);
-            }
-            drop_stream(link, &names, deadline).await?;
-            attach::nudge(link, &names).await;
-            Ok(Discarded::default())
-        }
-        DeleteMode::Discard => {
-            update(link, &names, &there, Some(Fence::Deleting), deadline).await?;
-            barrier(link, &names, deadline).await?;
-            // No ack gets an answer from here on: what is read below is what was not acked.
-            for consumer in consumers(link, &names, deadline).await? {
-                link.drop_consumer(&names, &consumer, deadline).await?;
-            }
-            let left = link.stream(&names, deadline).await?.ok_or_else(no_queue)?;
-            let (living, dead) = left.counts(&names);
-            let ids = ids(link, &names, living, deadline).await?;
-            let gone = drop_stream(link, &names, deadline).await?;
-            attach::nudge(link, &names).await;
-            if !gone {
-                return Err(no_queue());
-            }
-            Ok(Discarded::new(living + dead, ids))
-        }
-    }
-}
-
-/// The queue's consumers; data ones first, so that a live one is told that its queue went rather than
-/// that another took over.
-async fn consumers(link: &Link, names: &Names, deadline: Deadline) -> Result<Vec<String>> {
-    let mut consumers = link.consumers(names, deadline).await?;
-    consumers.sort();
-    Ok(consumers)
-}
-
-/// Changes a stream's fence.
-async fn update(
-    link: &Link,
-    names: &Names,
-    there: &Stream,
-    fence: Option<Fence>,
-    deadline: Deadline,
-) -> Result<()> {
-    let description = there.description().ok_or_else(no_queue)?;
-    let description = Description {
-        fence,
-        ..description
-    };
-    let replicas = there.config()["num_replicas"].as_u64().unwrap_or(1);
-    let config = config(names, &description, replicas);
-    let verb = format!("STREAM.UPDATE.{}", names.stream);
-    match link.api(&verb, &config, deadline).await? {
-        Ok(_) => Ok(()),
-        Err(refusal) => Err(refusal.into_error()),
-    }
-}
-
-/// Waits until every message that the server took in before is stored or refused: it goes through the
-/// same door as they did, and is refused itself.
-async fn barrier(link: &Link, names: &Names, deadline: Deadline) -> Result<()> {
-    let mut headers = async_nats::HeaderMap::new();
-    headers.insert("Nats-Expected-Last-Sequence", u64::MAX.to_string().as_str());
-    link.call(&names.lock(), Some(&headers), &Bytes::new(), true, deadline)
-        .await
-        .map(drop)
-        .map_err(Unanswered::into_error)
-}
-
-/// False: somebody else did it.
-async fn drop_stream(link: &Link, names: &Names, deadline: Deadline) -> Result<bool> {
-    let verb = format!("STREAM.DELETE.{}", names.stream);
-    let gone = match link.api(&verb, &json!({}), deadline).await? {
-        Ok(_) => true,
-        Err(Refusal {
-            code: STREAM_NOT_FOUND,
-            ..
-        }) => false,
-        Err(refusal) => return Err(refusal.into_error()),
-    };
-    // A responder that was killed leaves its claim to time; with the queue it goes at once (law Q7).
-    match link.purge(LANES, &names.claim(), deadline).await {
-        Err(error) if !matches!(error.kind(), ErrorKind::BrokerRefused) => Err(error),
-        _ => Ok(gone),
-    }
-}
-
-/// The ids of the first messages that are not dead.
-async fn ids(
-    link: &Link,
-    names: &Names,
-    living: u64,
-    deadline: Deadline,
-) -> Result<Vec<crate::message::MessageId>> {
-    let mut ids = Vec::new();
-    let mut from = 1;
-    while (ids.len() as u64) < living && ids.len() < Discarded::MAX_IDS {
-        let Some(stored) = link.stored(names, &names.input(), from, deadline).await? else {
-            break;
-        };
-        from = stored.sequence + 1;
-        ids.push(form::read(Some(&stored.headers), stored.body, stored.sequence).id);
-    }
-    Ok(ids)
 }

@@ -2,11 +2,12 @@
 
 mod common;
 
-use std::{num::NonZeroU32, time::Duration};
+use std::{num::NonZeroU32, task::Poll, time::Duration};
 
+use futures_util::StreamExt;
 use wilco::{
     Deadline, ErrorKind, GuestAddress, GuestId, Message, MessageId,
-    broker::{ConsumeOptions, QueueSpec},
+    broker::{ConsumeOptions, DeleteMode, QueueSpec},
 };
 use wilco_conformance::{
     for_each_check,
@@ -20,9 +21,6 @@ const HARNESS: Nats = Nats;
 const NOT_RUN: &[&str] = &["f9_an_alarm_refuses_and_loses_nothing"];
 
 macro_rules! one {
-    (c c11_what_was_buffered_keeps_its_place) => {
-        common::check!(c11_what_was_buffered_keeps_its_place, open "fails now and then on 2.9: see CONTRIBUTING.md");
-    };
     ($section:ident $name:ident) => {
         common::check!($name);
     };
@@ -77,4 +75,198 @@ async fn c7_a_letter_waits_while_its_id_is_in_the_queue() {
     assert!(moved.expect("the way is free"));
     let status = broker.status(&queue, within()).await.expect("a status");
     assert_eq!([status.ready, status.dead], [1, 0]);
+}
+
+/// A delete that stops half-way, at whatever step, is finished by the next one, which tells what it
+/// discarded (laws Q6, Q7).
+///
+/// Only here, since here deleting takes many steps, and what is left half-way is taken for abandoned after
+/// half a minute.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn q6_a_delete_that_was_dropped_is_finished_by_the_next() {
+    const POLLS: usize = 24;
+    let within = || Deadline::after(Duration::from_secs(100));
+    let server = HARNESS.start(Use::Alone).await.expect("a server");
+    let broker = server.connect().await.expect("a handle");
+    let dropped = (0..POLLS).map(async |polls| {
+        let id = GuestId::new(format!("half-{polls}")).expect("an id");
+        let queue = GuestAddress::from(id).queue();
+        let spec = QueueSpec::new(queue.clone());
+        broker.declare(&spec, within()).await.expect("a queue");
+        let message = Message::new("check", "x").expect("a message");
+        let id = message.id.clone();
+        broker
+            .publish(&queue, message, within())
+            .await
+            .expect("stored");
+        let first = {
+            let mut delete = broker.delete(&queue, DeleteMode::Discard, within());
+            let mut left = polls;
+            std::future::poll_fn(|context| match delete.as_mut().poll(context) {
+                Poll::Pending if left > 0 => {
+                    left -= 1;
+                    Poll::Pending
+                }
+                Poll::Pending => Poll::Ready(None),
+                Poll::Ready(answer) => Poll::Ready(Some(answer)),
+            })
+            .await
+        };
+        let told = match first {
+            Some(first) => first.expect("deleted").ids,
+            None => match broker.delete(&queue, DeleteMode::Discard, within()).await {
+                Ok(second) => second.ids,
+                Err(error) => {
+                    assert_eq!(*error.kind(), ErrorKind::NoQueue, "{polls}: {error}");
+                    vec![]
+                }
+            },
+        };
+        // Gone without a word is right only for one whose last step was on its way.
+        assert!(told.is_empty() || told == [id], "{polls}: {told:?}");
+        let left = server.remains(&queue).await.expect("the server's view");
+        assert!(left.is_empty(), "{polls}: {left:?}");
+        told.len()
+    });
+    let told: usize = futures_util::future::join_all(dropped).await.iter().sum();
+    assert!(told > POLLS / 2, "most say what they discarded: {told}");
+}
+
+/// Acks at every moment of a delete, from holders whose consumer is there to be told and from such whose
+/// consumer was closed before: none is Ok for a message that the delete tells. Of those that are told each
+/// message is one or the other (law Q6).
+///
+/// Only here, since before 2.10.19 this server confirms what it does not do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn q6_no_ack_is_ok_for_what_a_delete_tells() {
+    const ROUNDS: u32 = 60;
+    const MESSAGES: u32 = 8;
+    let within = || Deadline::after(Duration::from_secs(20));
+    let server = HARNESS.start(Use::Alone).await.expect("a server");
+    let control = server.connect().await.expect("a handle");
+    let agent = server.connect().await.expect("another");
+    let queue = GuestAddress::from(GuestId::new("acks").expect("an id")).queue();
+    let (mut acked, mut discarded) = (0, 0);
+    let mut span = Duration::from_millis(5);
+    for round in 0..ROUNDS {
+        let spec = QueueSpec::new(queue.clone());
+        control.declare(&spec, within()).await.expect("a queue");
+        for _ in 0..MESSAGES {
+            let message = Message::new("check", "x").expect("a message");
+            let stored = control.publish(&queue, message, within()).await;
+            stored.expect("stored");
+        }
+        let prefetch = NonZeroU32::new(MESSAGES).expect("not zero");
+        let options = ConsumeOptions::prefetch(prefetch);
+        let consumer = agent.consume(&queue, options, within()).await;
+        let mut consumer = consumer.expect("a consumer");
+        let mut held = Vec::new();
+        for _ in 0..MESSAGES {
+            let delivery = tokio::time::timeout(Duration::from_secs(20), consumer.next()).await;
+            held.push(delivery.expect("in time").expect("a delivery"));
+        }
+        let mut listening = Some(consumer);
+        if round % 2 == 1
+            && let Some(consumer) = listening.take()
+        {
+            consumer.close(within()).await.expect("closed");
+        }
+        let acks = held.into_iter().zip(0..).map(|(delivery, n)| {
+            // Spread over what a delete takes, differently in each round.
+            let wait =
+                span * ((n * ROUNDS + round * 7) % (MESSAGES * ROUNDS)) / (MESSAGES * ROUNDS);
+            tokio::spawn(async move {
+                tokio::time::sleep(wait).await;
+                let id = delivery.message.id.clone();
+                (id, delivery.ack(within()).await)
+            })
+        });
+        let acks: Vec<_> = acks.collect();
+        let started = std::time::Instant::now();
+        let gone = control.delete(&queue, DeleteMode::Discard, within()).await;
+        let gone = gone.expect("deleted").ids;
+        span = started.elapsed();
+        for ack in acks {
+            let (id, ack) = ack.await.expect("no panic");
+            let told = gone.contains(&id);
+            assert!(!(ack.is_ok() && told), "{round}: acked and discarded");
+            let one = ack.is_ok() || told || listening.is_none();
+            assert!(one, "{round}: neither acked nor discarded: {ack:?}");
+            acked += u32::from(ack.is_ok());
+            discarded += u32::from(told);
+        }
+    }
+    assert!(acked > 0 && discarded > 0, "{acked}:{discarded}");
+}
+
+/// Of several who delete one queue at once, one says what it discarded; none takes away what is declared
+/// under the name after that (laws Q6, Q7).
+///
+/// Only here, since here deleting takes many steps, behind a fence that each of them puts up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn q6_deletes_at_once_leave_the_next_queue_alone() {
+    const ROUNDS: u32 = 40;
+    let within = || Deadline::after(Duration::from_secs(60));
+    let server = HARNESS.start(Use::Alone).await.expect("a server");
+    let (mut handles, control) = (Vec::new(), server.connect().await.expect("a handle"));
+    for _ in 0..3 {
+        handles.push(server.connect().await.expect("another"));
+    }
+    let queue = GuestAddress::from(GuestId::new("twice").expect("an id")).queue();
+    let spec = QueueSpec::new(queue.clone());
+    let store = async || {
+        let message = Message::new("check", "x").expect("a message");
+        let id = message.id.clone();
+        let stored = control.publish(&queue, message, within()).await;
+        stored.map(|_| vec![id])
+    };
+    let mut stood = 0;
+    for round in 0..ROUNDS {
+        control.declare(&spec, within()).await.expect("a queue");
+        let old = store().await.expect("stored");
+        let mut deletes: futures_util::stream::FuturesUnordered<_> = handles
+            .iter()
+            .map(|handle| handle.delete(&queue, DeleteMode::Discard, within()))
+            .collect();
+        let mut told = Vec::new();
+        let mut take = |gone: wilco::Result<wilco::broker::Discarded>| match gone {
+            Ok(gone) => told.push(gone.ids),
+            Err(error) => assert_eq!(*error.kind(), ErrorKind::NoQueue, "{round}: {error}"),
+        };
+        while let Some(gone) = deletes.next().await {
+            let done = gone.is_ok();
+            take(gone);
+            if done {
+                break;
+            }
+        }
+        // The others are at it still, or come too late.
+        let new = async {
+            control.declare(&spec, within()).await.expect("a new queue");
+            store().await
+        };
+        let rest = async {
+            let mut rest = Vec::new();
+            while let Some(gone) = deletes.next().await {
+                rest.push(gone);
+            }
+            rest
+        };
+        let (new, rest) = tokio::join!(new, rest);
+        rest.into_iter().for_each(&mut take);
+        if told == [old.clone()] {
+            assert!(new.is_ok(), "{round}: the new queue is open: {new:?}");
+            let status = control.status(&queue, within()).await.expect("a status");
+            assert_eq!(status.messages(), 1, "{round}: the new queue stands");
+            control
+                .delete(&queue, DeleteMode::Discard, within())
+                .await
+                .expect("deleted");
+            stood += 1;
+        } else {
+            // One that began after all that deletes the new one, and says so.
+            assert_eq!(told, [old, new.unwrap_or_default()], "{round}");
+        }
+    }
+    assert!(stood > ROUNDS / 2, "most leave the new one alone: {stood}");
 }
