@@ -41,7 +41,7 @@ impl Harness for RabbitMq {
         static SHARED: OnceCell<Arc<Node>> = OnceCell::const_new();
         let node = match usage {
             Use::Shared => Arc::clone(SHARED.get_or_try_init(Node::start).await?),
-            Use::Alone => Node::start().await?,
+            Use::Alone | Use::Cluster => Node::start().await?,
         };
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let vhost = format!("check-{}", NEXT.fetch_add(1, Ordering::Relaxed));
@@ -50,7 +50,7 @@ impl Harness for RabbitMq {
         // new queues are not waited for: nothing breaks there.
         let options = match usage {
             Use::Shared => "?fresh=0s",
-            Use::Alone => "",
+            Use::Alone | Use::Cluster => "",
         };
         Ok(Box::new(Vhost {
             node,
