@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// | `amqp://user:password@host:5672/vhost`, `amqps://…` | RabbitMQ |
 /// | `nats://user:password@host:4222`, `nats://token@host`, `tls://…` | NATS JetStream |
 /// | `redis://user:password@host:6379/database`, `rediss://…` | Redis or Valkey |
+/// | `redis-sentinel://user:password@host:26379,host2/name/database`, `rediss-sentinel://…` | the same, its master asked for at sentinels, who know it by this name. User and password are the server's; the sentinels are asked without |
 ///
 /// Where there is a host there can be several, `host1:port,host2,…`: the addresses of one cluster, tried
 /// in turn. What the URL does not say of user, password and token is taken from the environment:
@@ -31,9 +32,10 @@ use crate::error::{Error, ErrorKind, Result};
 /// | `nats`, `tls` | `takeover` | seconds, 2 to 300 (4 is the default): how soon a consumer or a server that says nothing is given up. All that use one queue give the same |
 /// | | `replicas` | `1`, `3` or `5`: how many servers of a cluster hold each queue |
 /// | | `assume_sync_always` | `true`: you vouch for `sync_interval: always` on every server; better is the tag `sync:always`, which is read |
-/// | `amqps`, `tls`, `rediss` | `ca` | a PEM file: trust these authorities and no others |
+/// | `amqps`, `tls`, `rediss`, `rediss-sentinel` | `ca` | a PEM file: trust these authorities and no others |
 /// | | `cert`, `key` | PEM files: a client's certificate and its key |
-/// | `redis`, `rediss` | `lease` | `3s` (the default), 1 s to 60 s: how long a consumer or a lane is kept for one that gives no sign of life, and how long a connection may give none |
+/// | all of `redis` | `lease` | `3s` (the default), 1 s to 60 s: how long a consumer or a lane is kept for one that gives no sign of life, and how long a connection may give none |
+/// | | `replicas` | `0` (the default) to `16`: nothing is Ok before so many replicas have it, on disk where the server can say that (7.2). With too few a publish is `Unknown` at its deadline |
 #[derive(Clone)]
 pub struct BrokerUrl {
     url: Url,
@@ -60,6 +62,12 @@ const SCHEMES: &[(&str, &str, bool)] = &[
     ("redis", "redis", cfg!(feature = "redis")),
     (
         "rediss",
+        "redis and tls",
+        cfg!(all(feature = "redis", feature = "tls")),
+    ),
+    ("redis-sentinel", "redis", cfg!(feature = "redis")),
+    (
+        "rediss-sentinel",
         "redis and tls",
         cfg!(all(feature = "redis", feature = "tls")),
     ),
@@ -167,6 +175,12 @@ impl FromStr for BrokerUrl {
             Some((scheme, feature, false)) => Err(invalid(format!(
                 "{url}: this build of wilco has no {scheme}: URLs; build it with the Cargo feature {feature}"
             ))),
+            None if matches!(url.scheme(), "redis-cluster" | "rediss-cluster") => {
+                Err(invalid(format!(
+                    "{url}: wilco does not find its way in a Redis Cluster yet; name one master, or the \
+                     sentinels of one with redis-sentinel:"
+                )))
+            }
             None => {
                 let known: Vec<_> = SCHEMES
                     .iter()
@@ -284,6 +298,8 @@ mod tests {
             error.contains("\"kafka\"") && error.contains("sqlite:, memory:"),
             "{error}"
         );
+        let error = parse("redis-cluster://h/").unwrap_err().to_string();
+        assert!(error.contains("redis-sentinel:"), "{error}");
         for (scheme, feature, built) in SCHEMES.iter().filter(|(.., built)| !built) {
             let error = parse(&format!("{scheme}://h/")).unwrap_err().to_string();
             assert!(!built && error.contains(feature), "{error}");

@@ -40,7 +40,9 @@ pub async fn connect_by(url: &str, deadline: Deadline) -> Result<Arc<dyn Broker>
         #[cfg(feature = "nats")]
         "nats" | "tls" => crate::backends::nats::connect(&url, deadline).await,
         #[cfg(feature = "redis")]
-        "redis" | "rediss" => crate::backends::redis::connect(&url, deadline).await,
+        "redis" | "rediss" | "redis-sentinel" | "rediss-sentinel" => {
+            crate::backends::redis::connect(&url, deadline).await
+        }
         scheme => unreachable!("the parser let the scheme {scheme} pass by {deadline:?}"),
     }
 }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
-use redis::{Cmd, Value, cmd};
+use redis::{Value, cmd};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant, sleep_until},
@@ -140,7 +140,7 @@ impl Attendant {
         call.arg(&self.hold.token).arg(claims::lease_ms(&self.hold));
         self.renew_later();
         // Its answer may be lost: asking again under the same token is the same place.
-        let value = core.main.call(&call, deadline).await?;
+        let (value, _) = core.main.change(&call, deadline).await?;
         let odd = odd(&value);
         let (word, mut parts) = answer(value).ok_or(odd)?;
         match word.as_str() {
@@ -316,22 +316,17 @@ impl Attendant {
     async fn settle(&mut self, live: &Live, batch: Batch) {
         let call = batch.call(&self.hold, &self.epoch);
         self.settling += 1;
-        self.launch(live, call, |answer| Landed::Settled(batch, answer))
-            .await;
+        let sender = live.clone();
+        self.launch(live, async move {
+            Landed::Settled(batch, sender.change(&call).await)
+        })
+        .await;
     }
 
     /// Sends a command. It is polled once here, so that commands reach the connection in this order.
-    async fn launch(
-        &mut self,
-        live: &Live,
-        call: Cmd,
-        landed: impl FnOnce(Result<Value, Failure>) -> Landed + Send + 'static,
-    ) {
+    async fn launch(&mut self, live: &Live, sent: impl Future<Output = Landed> + Send + 'static) {
         let live = live.clone();
-        let mut flight: Flight = Box::pin(async move {
-            let answer = live.call(&call).await;
-            (landed(answer), live)
-        });
+        let mut flight: Flight = Box::pin(async move { (sent.await, live) });
         match futures_util::future::poll_immediate(&mut flight).await {
             Some((landed, live)) => self.landed(landed, &live),
             None => self.flights.push(flight),
@@ -361,8 +356,11 @@ impl Attendant {
         self.look &= want == 0;
         self.claiming = true;
         let call = claims::claim(&self.hold, &self.epoch, renew, want);
-        self.launch(live, call, move |answer| Landed::Claim(want, answer))
-            .await;
+        let sender = live.clone();
+        self.launch(live, async move {
+            Landed::Claim(want, sender.call(&call).await)
+        })
+        .await;
     }
 
     /// The consumer is gone: what was only buffered goes back, its deliveries stay until they end; with
@@ -473,8 +471,10 @@ impl Attendant {
                 self.due = due.map(|ms| Instant::now() + Duration::from_millis(ms));
                 let mut state = lock(&self.hold.state);
                 for claimed in claimed {
-                    self.known.insert(claimed.held.entry.clone());
-                    state.buffer.push_back(claimed);
+                    // A master that was a replica may not know that we have it already.
+                    if self.known.insert(claimed.held.entry.clone()) {
+                        state.buffer.push_back(claimed);
+                    }
                 }
                 drop(state);
                 self.hold.arrived.notify_one();

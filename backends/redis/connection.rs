@@ -30,7 +30,10 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Handl
     main.live(deadline).await?;
     let (working, worked) = mpsc::channel(1);
     tokio::spawn(requests::tell_strays(Arc::downgrade(&main), stray));
-    tokio::spawn(durability::watch(Arc::downgrade(&main)));
+    tokio::spawn(durability::watch(
+        Arc::downgrade(&main),
+        Arc::clone(&dialer),
+    ));
     Ok(Handle(Arc::new(Core {
         dialer,
         router,

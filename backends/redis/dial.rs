@@ -1,4 +1,5 @@
-//! One connection to the server that takes writes: addresses tried in turn, TLS, who we are.
+//! One connection to the server that takes writes: addresses tried in turn, or the one that sentinels
+//! name; TLS, who we are.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,10 +13,12 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tokio::sync::watch;
 
 use super::{
+    copies::{NOBODY, Wanted},
     failure::Failure,
     form::text,
     router::{Pushes, Router},
     scripts,
+    sentinel::{Sentinels, Word},
 };
 use crate::{
     broker_url::BrokerUrl,
@@ -26,13 +29,36 @@ use crate::{
 /// Where the server is and how it is spoken to.
 #[derive(Debug)]
 pub(super) struct Dialer {
-    clients: Vec<(Host, Client)>,
+    way: Way,
     with_tls: bool,
     /// How long consumers and lanes outlive their last word, and how long a connection may be silent.
     pub(super) lease: Duration,
+    /// How many replicas have what is confirmed; 0: none is waited for.
+    pub(super) replicas: u32,
+}
+
+/// How the server that takes writes is found.
+#[derive(Debug)]
+enum Way {
+    Addresses(Vec<(Host, Client)>),
+    Sentinels(Sentinels),
+}
+
+/// A connection that was made.
+pub(super) struct Dialed {
+    pub(super) connection: MultiplexedConnection,
+    /// Turns true when it breaks.
+    pub(super) broken: watch::Receiver<bool>,
+    pub(super) host: Host,
+    /// The copies that are waited for.
+    pub(super) copies: Option<Wanted>,
 }
 
 const DEFAULT_PORT: u16 = 6379;
+const SENTINEL_PORT: u16 = 26379;
+
+/// More replicas than a server has in earnest.
+const MOST_REPLICAS: u32 = 16;
 
 impl Dialer {
     /// Reads a URL.
@@ -40,8 +66,9 @@ impl Dialer {
     /// # Errors
     /// [`ErrorKind::InvalidUrl`].
     pub(super) fn of(url: &BrokerUrl) -> Result<Self> {
-        let with_tls = url.scheme() == "rediss";
-        let mut known = vec!["lease"];
+        let with_tls = url.scheme().starts_with("rediss");
+        let by_sentinels = url.scheme().ends_with("-sentinel");
+        let mut known = vec!["lease", "replicas"];
         if with_tls {
             known.extend(TLS_OPTIONS);
         }
@@ -52,44 +79,62 @@ impl Dialer {
                 .contains(&lease)
                 .then_some(lease)
         })?;
-        let endpoint = Endpoint::of(url, DEFAULT_PORT, with_tls)?;
-        let database = match &endpoint.path {
-            None => 0,
-            Some(path) => path
-                .parse()
-                .ok()
-                .filter(|number| (0..=i64::from(i32::MAX)).contains(number))
-                .ok_or_else(|| {
-                    Error::new(
-                        ErrorKind::InvalidUrl,
-                        format!("{url}: what follows the host is a database's number, such as /0"),
-                    )
-                })?,
+        let replicas = url.option("replicas", "a number from 0 to 16", |text| {
+            text.parse().ok().filter(|number| *number <= MOST_REPLICAS)
+        })?;
+        let way = if by_sentinels {
+            let endpoint = Endpoint::of(url, SENTINEL_PORT, with_tls)?;
+            let path = endpoint.path.clone().unwrap_or_default();
+            let (name, database) = path.split_once('/').unwrap_or((&path, ""));
+            if name.is_empty() {
+                return Err(Error::new(
+                    ErrorKind::InvalidUrl,
+                    format!(
+                        "{url}: what follows the sentinels is the master's name among them, such as /mymaster"
+                    ),
+                ));
+            }
+            let database = database_of(url, Some(database).filter(|text| !text.is_empty()))?;
+            Way::Sentinels(Sentinels::of(endpoint.clone(), name, database)?)
+        } else {
+            let endpoint = Endpoint::of(url, DEFAULT_PORT, with_tls)?;
+            let database = database_of(url, endpoint.path.as_deref())?;
+            let clients = endpoint
+                .hosts
+                .iter()
+                .map(|host| Ok((host.clone(), client(&endpoint, host, database)?)));
+            Way::Addresses(clients.collect::<Result<_>>()?)
         };
-        let clients = endpoint
-            .hosts
-            .iter()
-            .map(|host| Ok((host.clone(), client(&endpoint, host, database)?)))
-            .collect::<Result<_>>()?;
         Ok(Self {
-            clients,
+            way,
             with_tls,
             lease: lease.unwrap_or(Duration::from_secs(3)),
+            replicas: replicas.unwrap_or(0),
         })
     }
 
-    /// A connection to the first of the addresses that answers as a master. The scripts that are used
-    /// over it are on their way before all else.
+    /// A connection to the first of the addresses that answers as a master, or to the master that the
+    /// sentinels name. The scripts that are used over it are on their way before all else.
     pub(super) async fn dial(
         &self,
         router: &Arc<Router>,
         listens: bool,
-    ) -> Result<(MultiplexedConnection, watch::Receiver<bool>), Failure> {
+    ) -> Result<Dialed, Failure> {
+        let clients = match &self.way {
+            Way::Addresses(clients) => clients,
+            Way::Sentinels(sentinels) => {
+                let master = sentinels.ask(self.lease).await?.master;
+                let client = sentinels
+                    .master_client(&master)
+                    .map_err(|error| Failure::Broken(error.to_string()))?;
+                &vec![(master, client)]
+            }
+        };
         let mut failure = Failure::Broken("no address".into());
         // A server that speaks no TLS gives no better reason than that it hung up.
         let over = if self.with_tls { " over TLS" } else { "" };
-        for (host, client) in &self.clients {
-            let (sender, lost) = watch::channel(false);
+        for (host, client) in clients {
+            let (sender, broken) = watch::channel(false);
             let pushes = Pushes {
                 router: Arc::clone(router),
                 lost: sender,
@@ -97,7 +142,14 @@ impl Dialer {
             let attempt =
                 tokio::time::timeout(self.lease, self.greet(client, pushes, listens)).await;
             match attempt {
-                Ok(Ok(connection)) => return Ok((connection, lost)),
+                Ok(Ok((connection, copies))) => {
+                    return Ok(Dialed {
+                        connection,
+                        broken,
+                        host: host.clone(),
+                        copies,
+                    });
+                }
                 Ok(Err(Failure::Broken(what))) => {
                     failure = Failure::Broken(format!("{host}{over}: {what}"));
                 }
@@ -117,12 +169,29 @@ impl Dialer {
         Err(failure)
     }
 
+    /// What the sentinels say of the master now. None: there are none, or none answers.
+    pub(super) async fn word(&self) -> Option<Word> {
+        match &self.way {
+            Way::Addresses(_) => None,
+            Way::Sentinels(sentinels) => sentinels.ask(self.lease).await.ok(),
+        }
+    }
+
+    pub(super) fn has_sentinels(&self) -> bool {
+        matches!(self.way, Way::Sentinels(_))
+    }
+
+    /// Whether the sentinels have made another server the master.
+    pub(super) async fn is_superseded(&self, host: &Host) -> bool {
+        self.word().await.is_some_and(|word| word.master != *host)
+    }
+
     async fn greet(
         &self,
         client: &Client,
         pushes: Pushes,
         listens: bool,
-    ) -> Result<MultiplexedConnection, Failure> {
+    ) -> Result<(MultiplexedConnection, Option<Wanted>), Failure> {
         let reply_channel = pushes.router.reply_channel.clone();
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.lease))
@@ -138,6 +207,12 @@ impl Dialer {
         // All in one round trip: a far server is slow enough without more.
         let mut setup = redis::pipe();
         setup.cmd("ROLE");
+        if self.replicas > 0 {
+            // Whether this user may ask, and whether the server can say more.
+            setup.cmd("PUBLISH").arg(NOBODY).arg("");
+            setup.cmd("WAIT").arg(0).arg(1);
+            setup.cmd("WAITAOF").arg(1).arg(0).arg(1);
+        }
         if listens {
             setup.cmd("SUBSCRIBE").arg(reply_channel);
         }
@@ -150,11 +225,25 @@ impl Dialer {
         {
             return Err(Failure::Broken(format!("it is no master but a {role}")));
         }
+        let mut copies = None;
+        if self.replicas > 0 {
+            for answer in answers.by_ref().take(2) {
+                answered(Ok(answer))?;
+            }
+            // Not before 7.2, and not without an append-only file.
+            let can_say = matches!(answers.next(), Some(Value::Array(_)));
+            copies = Some(Wanted {
+                replicas: self.replicas,
+                // Settlements have to outlive the loss of a node, and do not hold up what else goes
+                // over their connection until disks have them.
+                on_disk: can_say && !listens,
+            });
+        }
         for answer in answers {
             answered(Ok(answer))?;
         }
         bring_scripts(&connection, listens).await;
-        Ok(connection)
+        Ok((connection, copies))
     }
 }
 
@@ -191,7 +280,22 @@ pub(super) fn answered(answer: redis::RedisResult<Value>) -> Result<Value, Failu
     }
 }
 
-fn client(endpoint: &Endpoint, host: &Host, database: i64) -> Result<Client> {
+fn database_of(url: &BrokerUrl, path: Option<&str>) -> Result<i64> {
+    let Some(path) = path else {
+        return Ok(0);
+    };
+    let number = path.parse().ok();
+    number
+        .filter(|number| (0..=i64::from(i32::MAX)).contains(number))
+        .ok_or_else(|| {
+            Error::new(
+                ErrorKind::InvalidUrl,
+                format!("{url}: what comes last is a database's number, such as /0"),
+            )
+        })
+}
+
+pub(super) fn client(endpoint: &Endpoint, host: &Host, database: i64) -> Result<Client> {
     let addr = if endpoint.tls.is_some() {
         ConnectionAddr::TcpTls {
             host: host.name.clone(),
@@ -267,26 +371,40 @@ mod tests {
 
     #[test]
     fn urls_are_read_strictly() {
-        let dialer = read("redis://u:p@a:1,b,[::1]:7/3?lease=5s").unwrap();
-        let hosts: Vec<_> = dialer.clients.iter().map(|(h, _)| h.to_string()).collect();
+        let dialer = read("redis://u:p@a:1,b,[::1]:7/3?lease=5s&replicas=2").unwrap();
+        let Way::Addresses(clients) = &dialer.way else {
+            panic!("no sentinels were named");
+        };
+        let hosts: Vec<_> = clients.iter().map(|(host, _)| host.to_string()).collect();
         assert_eq!(hosts, ["a:1", "b:6379", "[::1]:7"]);
         assert_eq!(dialer.lease, Duration::from_secs(5));
+        assert_eq!(dialer.replicas, 2);
         for bad in [
             "redis://h/x",
             "redis://h/-1",
             "redis://h/?lease=0s",
             "redis://h/?lease=soon",
+            "redis://h/?replicas=-1",
+            "redis://h/?replicas=17",
             "redis://h/?ca=x",
             "redis://h/?cluster=true",
+            "redis-sentinel://h",
+            "redis-sentinel://h//3",
+            "redis-sentinel://h/m/x",
+            "redis-sentinel://h,b:x/m",
         ] {
             let error = read(bad).expect_err(bad);
             assert_eq!(*error.kind(), ErrorKind::InvalidUrl, "{bad}");
         }
+        let dialer = read("redis-sentinel://u:p@a,b:1/mymaster/3").unwrap();
+        assert!(dialer.has_sentinels());
     }
 
     #[test]
     fn s4_a_password_is_never_shown() {
-        let dialer = read("redis://u:hunter2@h").unwrap();
-        assert!(!format!("{dialer:?}").contains("hunter2"));
+        for url in ["redis://u:hunter2@h", "redis-sentinel://u:hunter2@h/m"] {
+            let dialer = read(url).unwrap();
+            assert!(!format!("{dialer:?}").contains("hunter2"));
+        }
     }
 }

@@ -3,13 +3,18 @@
 //! It is asked anew each time, so a failover is never hidden by what an earlier server said (D4); and
 //! after each reconnect it is looked whether it got worse.
 
-use std::{collections::HashMap, sync::Weak, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use redis::{Cmd, Value, cmd};
 
 use super::{
     BACKEND,
     connection::Handle,
+    dial::Dialer,
     form::text,
     link::{Link, Phase},
 };
@@ -21,11 +26,11 @@ use crate::{
 
 pub(super) async fn report(core: &Handle, deadline: Deadline) -> Result<DurabilityReport> {
     core.open()?;
-    ask(&core.main, deadline).await
+    ask(&core.main, &core.dialer, deadline).await
 }
 
 /// Warns when a server that was failed over to promises less.
-pub(super) async fn watch(link: Weak<Link>) {
+pub(super) async fn watch(link: Weak<Link>, dialer: Arc<Dialer>) {
     let Some(mut phase) = link.upgrade().map(|link| link.phase()) else {
         return;
     };
@@ -41,7 +46,7 @@ pub(super) async fn watch(link: Weak<Link>) {
             && let Some(link) = link.upgrade()
         {
             let limit = Deadline::after(Duration::from_secs(5));
-            if let Ok(report) = ask(&link, limit).await {
+            if let Ok(report) = ask(&link, &dialer, limit).await {
                 if before.is_some_and(|(_, level)| report.level < level) {
                     tracing::warn!(level = %report.level, "the server connected to now keeps less than the one before");
                 }
@@ -65,15 +70,19 @@ const SETTINGS: [&str; 8] = [
     "aof-load-truncated",
 ];
 
-async fn ask(link: &Link, deadline: Deadline) -> Result<DurabilityReport> {
+async fn ask(link: &Link, dialer: &Dialer, deadline: Deadline) -> Result<DurabilityReport> {
     let mut get = cmd("CONFIG");
     get.arg("GET").arg(&SETTINGS);
     let config = allowed(link, &get, deadline).await?.map(pairs);
     let info = allowed(link, &cmd("INFO"), deadline).await?;
     let info = info.and_then(text).map(|info| lines(&info));
+    let word = deadline.bound(dialer.word()).await?;
     Ok(Facts {
         config: config.unwrap_or_default(),
         info: info.unwrap_or_default(),
+        copies: dialer.replicas,
+        has_sentinels: dialer.has_sentinels(),
+        candidates: word.map(|word| word.replicas),
     }
     .report())
 }
@@ -114,6 +123,11 @@ fn lines(info: &str) -> HashMap<String, String> {
 struct Facts {
     config: HashMap<String, String>,
     info: HashMap<String, String>,
+    /// How many replicas have what is confirmed, by the URL.
+    copies: u32,
+    has_sentinels: bool,
+    /// How many servers the sentinels may make the next master.
+    candidates: Option<u32>,
 }
 
 impl Facts {
@@ -133,16 +147,24 @@ impl Facts {
             power = worse(power, verdict);
         }
         findings.extend(eviction);
-        findings.push(self.replication());
-        let level = match (process, power) {
-            (Verdict::Safe, Verdict::Safe) => Level::Power,
-            (Verdict::Safe, _) => Level::Process,
+        let (mut node, replication) = self.replication();
+        findings.extend(replication);
+        if node == Verdict::Safe && worse(process, power) != Verdict::Safe {
+            // What one server may forget, one that has it from there may have never had.
+            node = Verdict::Unknown;
+        }
+        let level = match (process, power, node) {
+            (Verdict::Safe, Verdict::Safe, Verdict::Safe) => {
+                Level::Replicated(u8::try_from(self.copies + 1).unwrap_or(u8::MAX))
+            }
+            (Verdict::Safe, Verdict::Safe, _) => Level::Power,
+            (Verdict::Safe, _, _) => Level::Process,
             _ => Level::Memory,
         };
         let mut report = DurabilityReport::new(BACKEND, self.version(), level);
         report.process_crash = process;
         report.power_loss = power;
-        report.node_loss = Verdict::Unsafe;
+        report.node_loss = node;
         report.findings = findings;
         report
     }
@@ -211,11 +233,11 @@ impl Facts {
                 None,
             ),
             Some("everysec") => (
-                // The write itself waits for up to 2 s in the server's memory while a sync is slow.
-                Verdict::Unknown,
+                // Seen: killed while a sync ran, it lost what it had answered since the sync began.
                 Verdict::Unsafe,
-                "synced once a second: a power cut takes the last second or two; while a sync is slow, \
-                 up to 2 s of confirmed messages are in the server's memory alone, and a kill takes them",
+                Verdict::Unsafe,
+                "synced once a second: a power cut takes the last second or two; while a sync runs, what \
+                 is confirmed stays in the server's memory, for 2 s at the most, and a kill takes it",
                 Some("set appendfsync always"),
             ),
             Some(_) => (
@@ -285,16 +307,89 @@ impl Facts {
         }
     }
 
-    fn replication(&self) -> Finding {
-        let replicas = self.info("connected_slaves");
-        let meaning = match replicas {
-            Some("0") => "the messages are on this one machine",
-            Some(_) => {
-                "replicas get a confirmed message later than its confirm: a failover can lose the last ones"
-            }
+    /// Replicas: what the loss of this server's machine leaves.
+    ///
+    /// A replica gets a change after its answer. So a failover is safe only where every server that may
+    /// be the next master had each change before it was confirmed: sentinels promote the one that has
+    /// the most, but not where priorities say otherwise, and not one that they do not reach.
+    fn replication(&self) -> (Verdict, Vec<Finding>) {
+        let connected = self.info("connected_slaves");
+        let count = connected.and_then(|count| count.parse::<u32>().ok());
+        let shown = count.map(|count| {
+            let online = self.online();
+            format!("{count} connected, {online} of them up to date")
+        });
+        let meaning = match count {
+            Some(0) => "the messages are on this one machine",
+            Some(_) => "replicas get each change after its answer",
             None => "whether there are replicas cannot be read",
         };
-        finding("replicas", replicas, meaning, None)
+        let advice = count.is_none().then_some(READABLE);
+        let mut findings = vec![finding("replicas", shown.as_deref(), meaning, advice)];
+        let (verdict, meaning, advice) = match (self.copies, self.candidates.max(count)) {
+            (0, _) => (
+                Verdict::Unsafe,
+                "nothing is waited for: a failover loses what was confirmed last",
+                Some("say replicas=N in the URL, N the number of replicas"),
+            ),
+            (_, _) if !self.has_sentinels => (
+                Verdict::Unknown,
+                "so many replicas have each change before it is confirmed; which of them takes over, and \
+                 whether it is one of these, is not known from here",
+                Some("name sentinels in the URL, redis-sentinel://, if there are any"),
+            ),
+            (_, _) if self.candidates.is_none() => (
+                Verdict::Unknown,
+                "so many replicas have each change before it is confirmed; no sentinel says how many could \
+                 be the next master",
+                None,
+            ),
+            (copies, Some(candidates)) if copies < candidates => (
+                Verdict::Unknown,
+                "so many replicas have each change before it is confirmed, and there are more: sentinels \
+                 promote the one that has the most, but only of those that they reach, and by their \
+                 priorities first; another one would lose what was confirmed last",
+                Some("set replicas in the URL to the number of replicas"),
+            ),
+            (copies, _) if count.is_some_and(|count| count < copies) => (
+                Verdict::Safe,
+                "every replica has each change before it is confirmed, and too few are connected now: \
+                 nothing is confirmed until they are",
+                Some("see that the replicas are up and connected"),
+            ),
+            _ => (
+                Verdict::Safe,
+                "every replica has each change before it is confirmed, so whichever is promoted has it",
+                None,
+            ),
+        };
+        findings.push(finding(
+            "replicas in the URL",
+            Some(&self.copies.to_string()),
+            meaning,
+            advice,
+        ));
+        if self.has_sentinels {
+            let candidates = self.candidates.map(|count| count.to_string());
+            findings.push(finding(
+                "sentinels",
+                candidates.as_deref(),
+                "so many replicas are known to them, those that are down among them: each may be promoted",
+                None,
+            ));
+        }
+        (verdict, findings)
+    }
+
+    fn online(&self) -> usize {
+        let is_replica = |name: &str| {
+            let number = name.strip_prefix("slave");
+            number.is_some_and(|number| number.parse::<u32>().is_ok())
+        };
+        let replicas = self.info.iter().filter(|(name, _)| is_replica(name));
+        replicas
+            .filter(|(_, state)| state.contains("state=online"))
+            .count()
     }
 }
 
@@ -322,7 +417,7 @@ fn finding(setting: &str, value: Option<&str>, meaning: &str, advice: Option<&st
 mod tests {
     use super::*;
 
-    fn report(config: &[(&str, &str)], info: &[(&str, &str)]) -> DurabilityReport {
+    fn facts(config: &[(&str, &str)], info: &[(&str, &str)]) -> Facts {
         let map = |pairs: &[(&str, &str)]| {
             pairs
                 .iter()
@@ -332,8 +427,12 @@ mod tests {
         Facts {
             config: map(config),
             info: map(info),
+            ..Facts::default()
         }
-        .report()
+    }
+
+    fn report(config: &[(&str, &str)], info: &[(&str, &str)]) -> DurabilityReport {
+        facts(config, info).report()
     }
 
     #[test]
@@ -356,6 +455,7 @@ mod tests {
         assert_eq!(level("always", "no", "allkeys-lru", "0"), Level::Power);
         assert_eq!(level("always", "yes", "noeviction", "0"), Level::Process);
         assert_eq!(level("no", "no", "noeviction", "0"), Level::Process);
+        // A kill at a bad moment loses what was confirmed; without a sync there is no such moment.
         assert_eq!(level("everysec", "no", "noeviction", "0"), Level::Memory);
         assert_eq!(level("always", "no", "allkeys-lru", "100"), Level::Memory);
     }
@@ -373,5 +473,51 @@ mod tests {
         assert_eq!(nothing.version, "unknown");
         let off = report(&[("appendonly", "no")], &[]);
         assert_eq!(off.process_crash, Verdict::Unsafe);
+    }
+
+    #[test]
+    fn d1_a_failover_is_safe_only_where_every_candidate_has_it() {
+        let node = |fsync, copies, has_sentinels, candidates| {
+            let mut facts = facts(
+                &[
+                    ("appendonly", "yes"),
+                    ("appendfsync", fsync),
+                    ("maxmemory-policy", "noeviction"),
+                    ("maxmemory", "0"),
+                ],
+                &[
+                    ("connected_slaves", "2"),
+                    ("slave0", "ip=::1,port=1,state=online,offset=7,lag=0"),
+                    ("slave1", "ip=::1,port=2,state=wait_bgsave,offset=0,lag=0"),
+                    ("slave_read_repl_offset", "7"),
+                ],
+            );
+            facts.copies = copies;
+            facts.has_sentinels = has_sentinels;
+            facts.candidates = candidates;
+            let report = facts.report();
+            let replicas = report.findings.iter().find(|one| one.setting == "replicas");
+            let shown = replicas.and_then(|one| one.value.as_deref());
+            assert_eq!(shown, Some("2 connected, 1 of them up to date"));
+            (report.node_loss, report.level)
+        };
+        let all = (Verdict::Safe, Level::Replicated(3));
+        assert_eq!(node("always", 2, true, Some(2)), all);
+        for (copies, has_sentinels, candidates, verdict) in [
+            (0, true, Some(2), Verdict::Unsafe),
+            (2, false, None, Verdict::Unknown),
+            (2, true, None, Verdict::Unknown),
+            (1, true, Some(2), Verdict::Unknown),
+            (2, true, Some(3), Verdict::Unknown),
+            // One is connected that the sentinels do not know yet.
+            (1, true, Some(1), Verdict::Unknown),
+        ] {
+            let seen = node("always", copies, has_sentinels, candidates);
+            assert_eq!(seen, (verdict, Level::Power), "{copies} {candidates:?}");
+        }
+        assert_eq!(
+            node("no", 2, true, Some(2)),
+            (Verdict::Unknown, Level::Process)
+        );
     }
 }

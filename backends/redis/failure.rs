@@ -112,6 +112,10 @@ fn meaning(code: &str, text: &str) -> (ErrorKind, &'static str) {
             ErrorKind::BrokerRefused,
             "; it passes when the server is up as a master",
         ),
+        "MOVED" | "ASK" | "CROSSSLOT" => (
+            ErrorKind::BrokerRefused,
+            "; the server is part of a Redis Cluster, in which wilco does not find its way yet",
+        ),
         "WRONGTYPE" => (
             ErrorKind::BrokerRefused,
             "; a key of the queue was overwritten by another program",

@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use redis::{Cmd, Value, aio::MultiplexedConnection, cmd};
 use tokio::{
     sync::{mpsc, watch},
@@ -23,7 +24,8 @@ use tokio::{
 
 use super::{
     closed,
-    dial::{Dialer, all, answered},
+    copies::{Copies, copies},
+    dial::{Dialed, Dialer, all, answered},
     failure::Failure,
     router::Router,
     scripts,
@@ -41,6 +43,8 @@ const SLOWEST: usize = 1024 * 1024;
 #[derive(Debug)]
 pub(super) struct Link {
     phase: watch::Receiver<Phase>,
+    /// Why nothing is confirmed though the server is there: too few replicas have it.
+    short: watch::Receiver<Option<String>>,
     end: watch::Sender<bool>,
 }
 
@@ -59,6 +63,7 @@ pub(super) struct Live {
     lost: watch::Receiver<bool>,
     give_up: mpsc::Sender<()>,
     underway: Arc<AtomicUsize>,
+    copies: Option<Copies>,
     /// Which of the link's connections it is.
     pub(super) turn: u64,
 }
@@ -74,15 +79,17 @@ impl Link {
     pub(super) fn start(dialer: &Arc<Dialer>, router: &Arc<Router>, listens: bool) -> Self {
         let (phases, phase) = watch::channel(Phase::Down(Failure::Broken("not tried yet".into())));
         let (end, ends) = watch::channel(false);
+        let (shortage, short) = watch::channel(None);
         let keeper = Keeper {
             dialer: Arc::clone(dialer),
             router: Arc::clone(router),
             listens,
             phases,
+            shortage,
             ends,
         };
         tokio::spawn(keeper.keep());
-        Self { phase, end }
+        Self { phase, short, end }
     }
 
     pub(super) fn phase(&self) -> watch::Receiver<Phase> {
@@ -106,6 +113,14 @@ impl Link {
         }
     }
 
+    /// What is in the way now of what has to last.
+    pub(super) fn trouble_or_shortage(&self) -> Option<Error> {
+        self.trouble().or_else(|| {
+            let shortage = self.short.borrow().clone();
+            shortage.map(|text| Error::new(ErrorKind::DeadlineExceeded, text))
+        })
+    }
+
     /// Waits for the connection.
     ///
     /// # Errors
@@ -127,32 +142,45 @@ impl Link {
         }
     }
 
-    /// Calls until there is an answer: for what can be done twice.
+    /// Calls until there is an answer: for what can be done twice and need not last.
     ///
     /// # Errors
     /// As [`Link::live`], and what the server refuses.
     pub(super) async fn call(&self, call: &Cmd, deadline: Deadline) -> Result<Value> {
-        self.call_told(call, deadline).await.map(|(value, _)| value)
-    }
-
-    /// The same; true with an answer that came after a connection broke, when it may have been done
-    /// before.
-    pub(super) async fn call_told(&self, call: &Cmd, deadline: Deadline) -> Result<(Value, bool)> {
-        let mut again = false;
         loop {
             let live = self.live(deadline).await?;
             let answer = deadline.bound(live.call(call)).await;
-            let answer = answer.map_err(|late| self.trouble().unwrap_or(late))?;
-            match answer {
-                Ok(value) => return Ok((value, again)),
-                Err(failure) if failure.is_broken() || failure.is_passing() => {
-                    again |= failure.is_broken();
-                    live.give_up(&failure);
-                    deadline.bound(live.until_lost()).await?;
-                }
-                Err(failure) => return Err(failure.error()),
+            match answer.map_err(|late| self.trouble().unwrap_or(late))? {
+                Ok(value) => return Ok(value),
+                Err(failure) => self.again(&live, failure, deadline).await?,
             }
         }
+    }
+
+    /// The same for a change, which as many replicas have as are wanted; true with an answer that came
+    /// after a connection broke, when it may have been done before.
+    pub(super) async fn change(&self, call: &Cmd, deadline: Deadline) -> Result<(Value, bool)> {
+        let mut again = false;
+        loop {
+            let live = self.live(deadline).await?;
+            let answer = deadline.bound(live.change(call)).await;
+            match answer.map_err(|late| self.trouble_or_shortage().unwrap_or(late))? {
+                Ok(value) => return Ok((value, again)),
+                Err(failure) => {
+                    again |= failure.is_broken();
+                    self.again(&live, failure, deadline).await?;
+                }
+            }
+        }
+    }
+
+    /// Gives up a connection that is of no use; any other failure is the answer.
+    async fn again(&self, live: &Live, failure: Failure, deadline: Deadline) -> Result<()> {
+        if !failure.is_broken() && !failure.is_passing() {
+            return Err(failure.error());
+        }
+        live.give_up(&failure);
+        deadline.bound(live.until_lost()).await
     }
 
     pub(super) fn end(&self) {
@@ -212,6 +240,20 @@ impl Live {
         }
     }
 
+    /// Sends a change, and waits for its answer and its copies.
+    pub(super) async fn change(&self, call: &Cmd) -> Result<Value, Failure> {
+        let value = self.call(call).await?;
+        self.copied().await.map(|()| value)
+    }
+
+    /// Waits until as many replicas as are wanted have all that was answered here before.
+    pub(super) async fn copied(&self) -> Result<(), Failure> {
+        match &self.copies {
+            Some(copies) => copies.made().await,
+            None => Ok(()),
+        }
+    }
+
     async fn once(&self, call: &Cmd) -> Result<Value, Failure> {
         let mut connection = self.connection.clone();
         let mut lost = self.lost.clone();
@@ -267,6 +309,7 @@ struct Keeper {
     router: Arc<Router>,
     listens: bool,
     phases: watch::Sender<Phase>,
+    shortage: watch::Sender<Option<String>>,
     ends: watch::Receiver<bool>,
 }
 
@@ -281,13 +324,13 @@ impl Keeper {
                 _ = ends.wait_for(|end| *end) => break,
             };
             match dialed {
-                Ok((connection, broken)) => {
+                Ok(dialed) => {
                     turn += 1;
                     if turn > 1 {
                         tracing::info!("connected again");
                     }
                     let began = Instant::now();
-                    let Some(why) = self.hold(connection, broken, turn).await else {
+                    let Some(why) = self.hold(dialed, turn).await else {
                         break;
                     };
                     tracing::warn!(why, "the connection is lost; making another");
@@ -309,29 +352,42 @@ impl Keeper {
     }
 
     /// Watches over a connection until it is lost, and says why; None at the end of all.
-    async fn hold(
-        &mut self,
-        connection: MultiplexedConnection,
-        mut broken: watch::Receiver<bool>,
-        turn: u64,
-    ) -> Option<String> {
+    async fn hold(&mut self, dialed: Dialed, turn: u64) -> Option<String> {
+        let Dialed {
+            connection,
+            mut broken,
+            host,
+            copies: wanted,
+        } = dialed;
         let (loss, lost) = watch::channel(false);
         let (give_up, mut given_up) = mpsc::channel(1);
         let underway = Arc::new(AtomicUsize::new(0));
+        let (copies, copying) = wanted.map(copies).unzip();
         let live = Live {
             connection: connection.clone(),
             lost,
             give_up,
             underway: Arc::clone(&underway),
+            copies,
             turn,
         };
+        self.shortage.send_replace(None);
         self.phases.send_replace(Phase::Up(live));
         let mut ends = self.ends.clone();
+        let copier = connection.clone();
+        let copy = async {
+            let is_superseded = || self.dialer.is_superseded(&host).boxed();
+            match copying {
+                Some(copying) => copying.run(copier, &self.shortage, is_superseded).await,
+                None => std::future::pending().await,
+            }
+        };
         let why = tokio::select! {
             _ = broken.wait_for(|broken| *broken) => Some("the server ended it".to_owned()),
             _ = given_up.recv() => Some("it was of no use".to_owned()),
             _ = ends.wait_for(|end| *end) => None,
             why = silence(connection, self.dialer.lease, &underway) => Some(why),
+            why = copy => Some(why),
         };
         loss.send_replace(true);
         why

@@ -36,11 +36,18 @@
 //! | `body` | the body; the last field |
 //!
 //! A dead letter has `reason` and `attempts` behind it.
+//!
+//! # More servers than one
+//! Sentinels are asked for the master at every connect (`sentinel`). Replicas get a change after its
+//! answer, so a failover may lose what was confirmed, unless the URL asks for replicas to have it first
+//! (`copies`): then publishes, settlements, attachments, and the making and deleting of queues are Ok only
+//! once they have. What broke off meanwhile is sent again to whoever is the master then.
 
 mod attend;
 mod claims;
 mod connection;
 mod consume;
+mod copies;
 mod dial;
 mod durability;
 mod failure;
@@ -50,6 +57,7 @@ mod publish;
 mod requests;
 mod router;
 mod scripts;
+mod sentinel;
 mod ticket;
 mod topology;
 

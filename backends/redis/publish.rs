@@ -3,7 +3,8 @@
 //! At most two batches of a queue are under way, in the order in which they came; what comes meanwhile
 //! gathers. A batch whose connection broke is sent again, whole and under its number, before anything
 //! else of its queue: the server remembers the last answers to each sender, so what was done is not
-//! done twice, whatever became of the messages in between (P3).
+//! done twice, whatever became of the messages in between (P3). A batch that replicas have to have is
+//! under way until they have it.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -71,7 +72,7 @@ pub(super) async fn publish(
     let sent = deadline.bound(publisher.send(item)).await;
     let in_the_way = || {
         core.bulk()
-            .trouble()
+            .trouble_or_shortage()
             .unwrap_or_else(|| Error::new(ErrorKind::DeadlineExceeded, "the deadline passed first"))
     };
     match sent {
@@ -307,7 +308,12 @@ impl Publisher {
         }
         let live = live.clone();
         let mut flight: Flight = Box::pin(async move {
-            let answer = live.call_sized(&call, batch.bytes).await;
+            let mut answer = live.call_sized(&call, batch.bytes).await;
+            if answer.as_ref().is_ok_and(has_to_last)
+                && let Err(why) = live.copied().await
+            {
+                answer = Err(why);
+            }
             (batch, answer, live)
         });
         match futures_util::future::poll_immediate(&mut flight).await {
@@ -388,6 +394,14 @@ impl Batch {
             item.answer(answer);
         }
     }
+}
+
+/// Whether an answer says of any message that it is stored. A refusal waits for no replica.
+fn has_to_last(answer: &Value) -> bool {
+    let Value::Array(parts) = answer else {
+        return false;
+    };
+    matches!(parts.first(), Some(Value::BulkString(codes)) if codes.iter().any(|code| b"sd".contains(code)))
 }
 
 /// The letters of an answer, and the text of its last error.

@@ -34,7 +34,7 @@ pub(super) async fn declare(
     let epoch = Uuid::new_v4().simple().to_string();
     let mut call = scripts::on_queue(&scripts::DECLARE, &spec.name);
     call.arg(spec.delivery_limit.get()).arg(most).arg(&epoch);
-    let value = core.main.call(&call, deadline).await?;
+    let (value, _) = core.main.change(&call, deadline).await?;
     let wrong = odd(&value);
     let (word, parts) = answer(value).ok_or(wrong)?;
     if word == "made" {
@@ -162,7 +162,7 @@ pub(super) async fn delete(
     call.arg(u8::from(mode == DeleteMode::Discard))
         .arg(Discarded::MAX_IDS)
         .arg("PUBLISH");
-    let (value, again) = core.main.call_told(&call, deadline).await?;
+    let (value, again) = core.main.change(&call, deadline).await?;
     let wrong = odd(&value);
     let (word, mut parts) = answer(value).ok_or(wrong)?;
     let messages = match parts.next() {
@@ -264,7 +264,7 @@ pub(super) async fn redrive(
     let entry = if is_entry(&key.0) { &key.0[..] } else { "" };
     let mut call = scripts::on_queue(&scripts::REDRIVE, queue);
     call.arg(entry).arg("PUBLISH");
-    let (value, again) = core.main.call_told(&call, deadline).await?;
+    let (value, again) = core.main.change(&call, deadline).await?;
     let wrong = odd(&value);
     let (word, _) = answer(value).ok_or(wrong)?;
     match word.as_str() {

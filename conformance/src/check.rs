@@ -50,10 +50,12 @@ impl Check {
         }
     }
 
-    /// Whether it restarts or breaks its broker: its law (section F) or its name says so.
+    /// Whether it restarts or breaks its broker, or nodes of it: its law (section F) or its name says so.
     #[must_use]
     pub fn usage(&self) -> Use {
-        if self.law.starts_with('F') || self.name.contains("restart") {
+        if self.law == "F6" {
+            Use::Cluster
+        } else if self.law.starts_with('F') || self.name.contains("restart") {
             Use::Alone
         } else {
             Use::Shared

@@ -61,6 +61,9 @@ pub enum Use {
     Shared,
     /// It restarts, kills or pauses the broker's process.
     Alone,
+    /// It wants a broker of several nodes, to break one after the other ([`Server::cluster`]). A harness
+    /// that can start one node alone starts that.
+    Cluster,
 }
 
 /// One private broker, from its own side.
@@ -95,6 +98,58 @@ pub trait Server: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`Unavailable`] if there is no such process.
     fn faults(&self) -> Result<&dyn Faults, Unavailable>;
+
+    /// The nodes of a broker that was started with [`Use::Cluster`], to break them (law F6).
+    ///
+    /// # Errors
+    /// [`Unavailable`] if this harness starts a single node.
+    fn cluster(&self) -> Result<&dyn Cluster, Unavailable> {
+        Err(Unavailable::because(
+            "this harness starts a broker of one node, and the law needs several",
+        ))
+    }
+}
+
+/// A broker of several nodes, from the side of one who breaks them. A node is all that one machine runs.
+/// Handles reach whichever of them are there. Data, addresses and settings stay the same over all of it.
+#[async_trait]
+pub trait Cluster: Send + Sync + fmt::Debug {
+    /// How many nodes there are; they are numbered from 0.
+    fn nodes(&self) -> usize;
+
+    /// The node that leads for this queue now, as the broker itself says.
+    ///
+    /// # Errors
+    /// None leads, or the broker does not say.
+    async fn leader(&self, queue: &QueueName) -> Result<usize, Unavailable>;
+
+    /// How long the broker may take to serve again by itself after it lost one node, the leader too.
+    fn failover(&self) -> Duration;
+
+    /// Kills a node as `kill -9` does, and returns when it is gone.
+    ///
+    /// # Errors
+    /// It could not be killed.
+    async fn kill(&self, node: usize) -> Result<(), Unavailable>;
+
+    /// Starts a killed node again on its data, and returns when the cluster is whole: each node has what
+    /// the others have, so that the next loss of one is the loss of one only.
+    ///
+    /// # Errors
+    /// It did not come to that.
+    async fn start(&self, node: usize) -> Result<(), Unavailable>;
+
+    /// Stops a node where it stands (SIGSTOP): its sockets stay open and nothing answers.
+    ///
+    /// # Errors
+    /// It could not be stopped.
+    fn pause(&self, node: usize) -> Result<(), Unavailable>;
+
+    /// Lets a paused node go on, and returns when the cluster is whole.
+    ///
+    /// # Errors
+    /// It did not come to that.
+    async fn resume(&self, node: usize) -> Result<(), Unavailable>;
 }
 
 /// A broker that is a process of its own, reached over TCP, from the side of one who breaks it. Data,

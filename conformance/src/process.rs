@@ -29,6 +29,22 @@ pub fn free_port() -> io::Result<u16> {
     Ok(listener.local_addr()?.port())
 }
 
+/// So many ports that were free a moment ago, each another.
+///
+/// # Errors
+/// Those of the operating system.
+pub fn free_ports<const N: usize>() -> io::Result<[u16; N]> {
+    let mut ports = [0; N];
+    // All are held until the last is found.
+    let mut held = Vec::with_capacity(N);
+    for port in &mut ports {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        *port = listener.local_addr()?.port();
+        held.push(listener);
+    }
+    Ok(ports)
+}
+
 /// A server that can be started, killed, paused and started again on the same data.
 ///
 /// It is the leader of a process group of its own, and the group is what signals go to: a server that

@@ -11,7 +11,7 @@ mod url;
 pub use embedded::{Memory, Sqlite};
 pub use nats::Nats;
 pub use rabbitmq::RabbitMq;
-pub use redis::Redis;
+pub use redis::{Redis, Sentinels};
 pub use reference::Reference;
 pub use url::Url;
 

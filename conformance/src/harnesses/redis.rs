@@ -1,4 +1,7 @@
-//! Redis or Valkey: a private server for each check, with every write synced before its answer.
+//! Redis or Valkey: a private server for each check, with every write synced before its answer; and, for
+//! the law on clusters, three with their sentinels (`sentinels`).
+
+mod sentinels;
 
 use std::{
     env,
@@ -22,6 +25,8 @@ use crate::{
     process::{Process, free_port},
 };
 
+pub use sentinels::Sentinels;
+
 /// A lease of 3 s, and a second until the next one looks.
 const TAKEOVER: Duration = Duration::from_secs(4);
 
@@ -38,9 +43,11 @@ impl Harness for Redis {
         "redis"
     }
 
-    async fn start(&self, _usage: Use) -> Result<Box<dyn Server>, String> {
-        let program = env::var(PROGRAM).unwrap_or_else(|_| "redis-server".into());
-        let version = version(&program)?;
+    async fn start(&self, usage: Use) -> Result<Box<dyn Server>, String> {
+        if usage == Use::Cluster {
+            return Ok(Box::new(self.sentinels(1).await?));
+        }
+        let (program, version) = program()?;
         let directory = TempDir::with_prefix("wilco-redis-").map_err(|error| error.to_string())?;
         let port = free_port().map_err(|error| error.to_string())?;
         let address = SocketAddr::from(([127, 0, 0, 1], port));
@@ -51,6 +58,24 @@ impl Harness for Redis {
         server.start_process().await?;
         Ok(Box::new(server))
     }
+}
+
+impl Redis {
+    /// Three servers and their sentinels; handles wait for so many replicas before anything is confirmed.
+    ///
+    /// # Errors
+    /// What kept them from starting.
+    pub async fn sentinels(&self, replicas: usize) -> Result<Sentinels, String> {
+        let (program, version) = program()?;
+        Sentinels::start(program, version, replicas).await
+    }
+}
+
+/// The server program and its version.
+fn program() -> Result<(String, String), String> {
+    let program = env::var(PROGRAM).unwrap_or_else(|_| "redis-server".into());
+    let version = version(&program)?;
+    Ok((program, version))
 }
 
 fn version(program: &str) -> Result<String, String> {
@@ -102,45 +127,60 @@ impl RedisServer {
     }
 
     async fn start_process(&self) -> Result<(), String> {
-        let address = self.process.address();
-        self.process
-            .start(move || async move {
-                let pong = async { Raw::connect(address).await?.ask(&["PING"]).await };
-                matches!(pong.await, Ok(answer) if answer == ["PONG"])
-            })
-            .await
+        start_process(&self.process).await
     }
+}
 
-    /// Every key that has the name in it or in what it holds, and every channel that is listened to.
-    async fn look(&self, queue: &QueueName) -> std::io::Result<Vec<String>> {
-        let mut raw = Raw::connect(self.process.address()).await?;
-        let named = |text: &String| text.contains(queue.as_str());
-        let mut found = Vec::new();
-        for key in raw.ask(&["KEYS", "*"]).await? {
-            let kind = raw.ask(&["TYPE", &key]).await?.concat();
-            let look: &[&str] = match kind.as_str() {
-                "string" => &["GET", &key],
-                "hash" => &["HGETALL", &key],
-                "set" => &["SMEMBERS", &key],
-                "zset" => &["ZRANGE", &key, "0", "-1"],
-                "stream" => &["XRANGE", &key, "-", "+"],
-                "list" => &["LRANGE", &key, "0", "-1"],
-                // Gone since, as a lane's lease is.
-                "none" => continue,
-                other => return Err(std::io::Error::other(format!("a key of type {other}"))),
-            };
-            if named(&key) || raw.ask(look).await?.iter().any(named) {
-                found.push(format!("the {kind} {key}"));
-            }
+/// Returns when it answers.
+async fn start_process(process: &Process) -> Result<(), String> {
+    let address = process.address();
+    process
+        .start(move || async move {
+            matches!(ask(address, &["PING"]).await, Ok(answer) if answer == ["PONG"])
+        })
+        .await
+}
+
+/// One question over a connection of its own.
+async fn ask(address: SocketAddr, command: &[&str]) -> std::io::Result<Vec<String>> {
+    Raw::connect(address).await?.ask(command).await
+}
+
+/// Every key that has the name in it or in what it holds, and every channel that is listened to.
+async fn look(address: SocketAddr, queue: &QueueName) -> std::io::Result<Vec<String>> {
+    let mut raw = Raw::connect(address).await?;
+    let named = |text: &String| text.contains(queue.as_str());
+    let mut found = Vec::new();
+    for key in raw.ask(&["KEYS", "*"]).await? {
+        let kind = raw.ask(&["TYPE", &key]).await?.concat();
+        let look: &[&str] = match kind.as_str() {
+            "string" => &["GET", &key],
+            "hash" => &["HGETALL", &key],
+            "set" => &["SMEMBERS", &key],
+            "zset" => &["ZRANGE", &key, "0", "-1"],
+            "stream" => &["XRANGE", &key, "-", "+"],
+            "list" => &["LRANGE", &key, "0", "-1"],
+            // Gone since, as a lane's lease is.
+            "none" => continue,
+            other => return Err(std::io::Error::other(format!("a key of type {other}"))),
+        };
+        if named(&key) || raw.ask(look).await?.iter().any(named) {
+            found.push(format!("the {kind} {key}"));
         }
-        for listing in ["CHANNELS", "SHARDCHANNELS"] {
-            let channels = raw.ask(&["PUBSUB", listing]).await?;
-            let ours = channels.into_iter().filter(named);
-            found.extend(ours.map(|channel| format!("a listener on {channel}")));
-        }
-        found.sort();
-        Ok(found)
     }
+    for listing in ["CHANNELS", "SHARDCHANNELS"] {
+        let channels = raw.ask(&["PUBSUB", listing]).await?;
+        let ours = channels.into_iter().filter(named);
+        found.extend(ours.map(|channel| format!("a listener on {channel}")));
+    }
+    found.sort();
+    Ok(found)
+}
+
+async fn remains(address: SocketAddr, queue: &QueueName) -> Result<Vec<String>, Unavailable> {
+    look(address, queue)
+        .await
+        .map_err(|error| Unavailable::because(format!("the server cannot be read: {error}")))
 }
 
 #[async_trait]
@@ -154,9 +194,7 @@ impl Server for RedisServer {
     }
 
     async fn remains(&self, queue: &QueueName) -> Result<Vec<String>, Unavailable> {
-        self.look(queue)
-            .await
-            .map_err(|error| Unavailable::because(format!("the server cannot be read: {error}")))
+        remains(self.process.address(), queue).await
     }
 
     async fn restart(&self) -> Result<(), Unavailable> {
@@ -198,11 +236,8 @@ impl Faults for RedisServer {
 
     async fn alarm(&self, on: bool) -> Result<(), Unavailable> {
         let most = if on { "1" } else { "0" };
-        let set = async {
-            let mut raw = Raw::connect(self.process.address()).await?;
-            raw.ask(&["CONFIG", "SET", "maxmemory", most]).await
-        };
-        match set.await {
+        let set = ["CONFIG", "SET", "maxmemory", most];
+        match ask(self.process.address(), &set).await {
             Ok(answer) if answer == ["OK"] => Ok(()),
             other => Err(Unavailable::because(format!(
                 "maxmemory is not set: {other:?}"

@@ -26,7 +26,7 @@ pub use wrap::{Inner, Sabotage};
 
 use crate::{
     check::CheckError,
-    harness::{Facts, Faults, Harness, Server, Unavailable, Use},
+    harness::{Cluster, Facts, Faults, Harness, Server, Unavailable, Use},
 };
 
 /// One saboteur and the check that has to catch it.
@@ -108,6 +108,10 @@ impl Server for SabotagedServer {
 
     fn faults(&self) -> Result<&dyn Faults, Unavailable> {
         self.server.faults().map(|_| self as &dyn Faults)
+    }
+
+    fn cluster(&self) -> Result<&dyn Cluster, Unavailable> {
+        self.server.cluster()
     }
 }
 

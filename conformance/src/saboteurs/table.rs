@@ -95,6 +95,7 @@ macro_rules! for_each_saboteur {
             gives_up_at_once: faults::GivesUpAtOnce => f5_a_connect_waits_to_its_deadline;
             never_comes_back_from_an_outage: faults::NeverComesBack => f5_everybody_comes_back_after_an_outage;
             knocks_in_step: faults::KnocksInStep => f5_nobody_comes_back_in_lock_step;
+            cut_short_by_a_lost_node_is_ok: faults::CutShortIsOk => f6_any_node_killed_loses_nothing;
             counts_the_buffer_on_shutdown: consume::CountsTheBuffer => f8_a_shutdown_burns_no_count;
             waits_for_the_broker_to_close: faults::WaitsForTheBroker => f8_a_close_with_the_broker_down_ends;
             refused_in_an_alarm_is_ok: publish::RefusedIsOk => f9_an_alarm_refuses_and_loses_nothing;

@@ -41,7 +41,7 @@ impl Harness for RabbitMq {
         static SHARED: OnceCell<Arc<Node>> = OnceCell::const_new();
         let node = match usage {
             Use::Shared => Arc::clone(SHARED.get_or_try_init(Node::start).await?),
-            Use::Alone => match at_rest() {
+            Use::Alone | Use::Cluster => match at_rest() {
                 Some(node) => node,
                 None => Node::start().await?,
             },
@@ -53,7 +53,7 @@ impl Harness for RabbitMq {
         // new queues are not waited for: nothing breaks there.
         let options = match usage {
             Use::Shared => "?fresh=0s",
-            Use::Alone => "",
+            Use::Alone | Use::Cluster => "",
         };
         Ok(Box::new(Vhost {
             node,

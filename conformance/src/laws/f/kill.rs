@@ -130,7 +130,7 @@ pub async fn f2_kills_amid_bursts_lose_nothing(cx: &Cx) -> CheckResult {
 type Task = JoinHandle<Result<(), CheckError>>;
 
 /// Publishes sixteen at once, in turn to either queue, until it is over.
-async fn burst(
+pub(super) async fn burst(
     cx: &Cx,
     n: usize,
     names: [QueueName; 2],
@@ -160,7 +160,7 @@ async fn burst(
 }
 
 /// Consumes in this process until it is over.
-async fn guest_here(
+pub(super) async fn guest_here(
     cx: &Cx,
     name: &QueueName,
     history: &Arc<History>,
@@ -212,7 +212,7 @@ fn follow(mut agent: Agent, history: &Arc<History>, over: &Arc<AtomicBool>) -> T
 }
 
 /// Waits until each of these has had something confirmed (true) or received (false), from now on.
-async fn at_work(
+pub(super) async fn at_work(
     history: &History,
     workers: &[(u32, bool)],
     within: Duration,

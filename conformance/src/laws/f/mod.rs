@@ -1,6 +1,7 @@
 //! Section F: faults of the broker's process and of the network in between.
 
 mod alarm;
+mod cluster;
 mod connect;
 mod crew;
 mod cut;
@@ -22,6 +23,7 @@ use crate::{
 };
 
 pub use alarm::*;
+pub use cluster::*;
 pub use connect::*;
 pub use cut::*;
 pub use kill::*;
