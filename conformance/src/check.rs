@@ -43,21 +43,23 @@ impl Check {
     /// How long this one may take.
     #[must_use]
     pub fn limit(&self) -> Duration {
-        if self.law.starts_with('F') {
+        if self.law.starts_with(['F', 'W']) {
             Self::LIMIT_WITH_FAULTS
         } else {
             Self::LIMIT
         }
     }
 
-    /// Whether it restarts or breaks its broker: its law (section F) or its name says so.
+    /// Whether it restarts or breaks its broker: its law (section F), its case or its name says so.
     #[must_use]
     pub fn usage(&self) -> Use {
-        if self.law.starts_with('F') || self.name.contains("restart") {
-            Use::Alone
-        } else {
-            Use::Shared
-        }
+        let breaks = match self.law {
+            // Their processes are killed, and the broker is left alone.
+            "F7" => false,
+            "W17" | "W18" | "W19" | "W20" | "W33" | "W38" | "W39" => true,
+            law => law.starts_with('F') || self.name.contains("restart"),
+        };
+        if breaks { Use::Alone } else { Use::Shared }
     }
 
     /// Runs the check on a fresh broker of this harness.
@@ -129,6 +131,8 @@ pub struct Options {
     pub kills: usize,
     /// How long a broker is down where the law says a minute (law F5).
     pub outage: Duration,
+    /// How many guests, or races, where a case says a thousand (cases W37, W38).
+    pub crowd: usize,
 }
 
 impl Options {
@@ -142,6 +146,7 @@ impl Options {
             histories: std::env::temp_dir(),
             kills: 50,
             outage: Duration::from_secs(60),
+            crowd: 1_000,
         }
     }
 }

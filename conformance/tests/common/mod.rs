@@ -83,6 +83,7 @@ fn options(broker: &str) -> Options {
         // A start of RabbitMQ takes seven seconds, one of the others a moment.
         kills: if broker == "rabbitmq" { 5 } else { 50 },
         outage: Duration::from_secs(8),
+        crowd: 40,
         ..options
     }
 }
