@@ -141,6 +141,7 @@ pub async fn w5_a_hung_guest_is_silent(cx: &Cx) -> CheckResult {
         .gives_up(&guest, ReasonKind::ConsumerSilent, Some(Step::Boot))
         .await?;
     stage.ran(&guest, 0)?;
+    machine.0.kill().await?;
     stage.nothing_left(&guest).await?;
     stage.clear(&[]).await?;
     Ok(Evidence::of("hung guests", 1))
@@ -157,7 +158,7 @@ pub async fn w6_a_guest_that_dies_after_its_pong_is_waited_for_or_given_up(cx: &
             ..Stop::before("publish prepare").held()
         };
         control.0.order(&Order::StopAt { stop }).await?;
-        let mut machine = stage.guest(guest).attached().await?;
+        let mut machine = stage.guest(guest).start().await?;
         let deadlines = wilco::Deadlines {
             accept: 2 * SHORT,
             ..patient()
@@ -190,7 +191,7 @@ pub async fn w6_a_guest_that_dies_after_its_pong_is_waited_for_or_given_up(cx: &
 pub async fn w40_a_guest_that_reboots_while_it_waits_is_accepted(cx: &Cx) -> CheckResult {
     let stage = Stage::new(cx, "w40").await?;
     let stop = Stop::before("publish prepare").held();
-    let mut control = stage.control_stopping(Some(stop)).await?;
+    let mut control = stage.control_stopping(stop).await?;
     control.ready().await?;
     let guest = stage.id("reboots")?;
     let mut first = stage.guest(&guest).start().await?;

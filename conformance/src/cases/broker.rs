@@ -15,7 +15,7 @@ use crate::{
 
 /// The broker restarts with prepare queued: it is there, and run once.
 pub async fn w17_a_queued_prepare_outlives_a_restart(cx: &Cx) -> CheckResult {
-    let stage = Stage::new(cx, "w17").await?;
+    let mut stage = Stage::new(cx, "w17").await?;
     let mut control = stage.control().await?;
     let guest = stage.id("queued")?;
     control
@@ -28,7 +28,10 @@ pub async fn w17_a_queued_prepare_outlives_a_restart(cx: &Cx) -> CheckResult {
             faults.start().await?;
         }
         // No process to kill: what is closed and opened again is all that there is.
-        Err(_) => cx.server.restart().await?,
+        Err(_) => {
+            cx.server.restart().await?;
+            stage.broker = cx.connect().await?;
+        }
     }
     let _machine = stage.guest(&guest).start().await?;
     same("runs", control.succeeds(&guest).await?, 1)?;
@@ -86,7 +89,7 @@ pub async fn w19_a_lost_confirm_leads_to_one_effect(cx: &Cx) -> CheckResult {
     let far = near.by(faults.url_via(proxy.address()))?;
     let guest = near.id("confirm")?;
     let stop = Stop::before("publish prepare").held();
-    let mut control = far.control_stopping(Some(stop)).await?;
+    let mut control = far.control_stopping(stop).await?;
     control.ready().await?;
     let _machine = near.guest(&guest).start().await?;
     control
@@ -115,7 +118,7 @@ pub async fn w33_an_alarm_is_waited_out(cx: &Cx) -> CheckResult {
     let stage = Stage::new(cx, "w33").await?;
     let guest = stage.id("alarm")?;
     let stop = Stop::before("publish prepare").held();
-    let mut control = stage.control_stopping(Some(stop)).await?;
+    let mut control = stage.control_stopping(stop).await?;
     control.ready().await?;
     let _machine = stage.guest(&guest).start().await?;
     control

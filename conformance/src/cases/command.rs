@@ -20,7 +20,7 @@ use crate::{
 pub async fn w28_what_cannot_be_understood_is_kept(cx: &Cx) -> CheckResult {
     let stage = Stage::new(cx, "w28").await?;
     let stop = Stop::before("publish prepare").held();
-    let mut control = stage.control_stopping(Some(stop)).await?;
+    let mut control = stage.control_stopping(stop).await?;
     control.ready().await?;
     let guest = stage.id("poison")?;
     let address = GuestAddress::from(guest.clone());

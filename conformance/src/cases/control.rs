@@ -61,6 +61,7 @@ pub async fn w25_a_zombie_of_an_old_incarnation_is_fenced(cx: &Cx) -> CheckResul
         "the second run is the new machine's",
         format!("{effects:?}"),
     )?;
+    drop(old);
     stage.nothing_left(&guest).await?;
     stage.clear_queue(&GuestAddress::new(guest, next)).await?;
     stage.clear(&[]).await?;
@@ -131,12 +132,13 @@ pub async fn w36_a_delete_at_every_step_leaves_nothing(cx: &Cx) -> CheckResult {
         };
         control.0.hear("what came of the delete", done).await??;
         same("state", control.record(&guest).await?.state, State::Deleted)?;
-        stage.nothing_left(&guest).await?;
         drop(machine);
+        stage.nothing_left(&guest).await?;
         let mut late = stage.guest(&guest).start().await?;
         late.turned_away().await?;
         stage.ran(&guest, 0)?;
         control.0.kill().await?;
+        stage.clear(&[]).await?;
         deleted += 1;
     }
     // Too late for that: it runs.
@@ -156,6 +158,7 @@ pub async fn w36_a_delete_at_every_step_leaves_nothing(cx: &Cx) -> CheckResult {
     machine.0.order(&Order::Open).await?;
     control.succeeds(&guest).await?;
     control.answer(&delete, &guest).await?;
+    drop(machine);
     stage.nothing_left(&guest).await?;
     stage.ran(&guest, 1)?;
     stage.clear(&[]).await?;
@@ -202,7 +205,6 @@ pub async fn w37_a_cancel_races_with_the_guest(cx: &Cx) -> CheckResult {
                     "revoked: it never runs",
                     seen,
                 )?;
-                stage.nothing_left(&guest).await?;
             }
             _ => {
                 too_late += 1;
@@ -217,11 +219,15 @@ pub async fn w37_a_cancel_races_with_the_guest(cx: &Cx) -> CheckResult {
             }
         }
     }
-    // What was revoked has not run meanwhile either.
+    // What was revoked has not run meanwhile either, and of it nothing is left.
+    drop(machines);
     for n in 0..cx.options.crowd {
         let guest = stage.id(&format!("{n}"))?;
         let state = control.record(&guest).await?.state;
         stage.ran(&guest, usize::from(state == State::Succeeded))?;
+        if state == State::NotDelivered {
+            stage.nothing_left(&guest).await?;
+        }
     }
     stage.clear(&[]).await?;
     Ok(Evidence::of("races", cx.options.crowd)

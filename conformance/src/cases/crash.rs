@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::{FutureExt, StreamExt, TryFutureExt, TryStreamExt, future::BoxFuture, stream};
 use wilco::{Deadlines, ReasonKind, SendPolicy, State};
 
 use super::stage::{Control, Stage, patient};
@@ -46,7 +46,7 @@ pub async fn w9_a_guest_killed_in_mid_prepare_ends_as_it_chose(cx: &Cx) -> Check
     let mut control = stage.control().await?;
     let (fails, again) = (stage.id("fails")?, stage.id("again")?);
     let deadlines = Deadlines {
-        progress: Duration::from_secs(2),
+        progress: Duration::from_secs(10),
         ..patient()
     };
     for guest in [&fails, &again] {
@@ -123,7 +123,7 @@ async fn control_dies(cx: &Cx, case: &'static str, at: Stop) -> CheckResult {
     let stage = Stage::new(cx, case).await?;
     let guest = stage.id("lives")?;
     let _machine = stage.guest(&guest).start().await?;
-    let mut first = stage.control_stopping(Some(at)).await?;
+    let mut first = stage.control_stopping(at).await?;
     first.ready().await?;
     first
         .provision(&guest, SendPolicy::PingFirst, patient())
@@ -282,20 +282,19 @@ async fn list_points(
 /// So many points at once: most of the time is spent waiting.
 const AT_ONCE: usize = 4;
 
-/// What came of all points, each with both of its sides.
-async fn at_each<'a, F>(
-    points: &'a [Point],
-    run: impl Fn(usize, &'a Point, Side) -> F,
-) -> Result<Vec<bool>, CheckError>
-where
-    F: Future<Output = Result<bool, CheckError>>,
-{
-    let runs = points.iter().enumerate().flat_map(|(n, point)| {
-        [Side::Before, Side::After].map(|side| {
-            let run = run(n, point, side);
-            async move { run.await.map_err(|error| at(error, point, side)) }
-        })
-    });
+/// A run for each of the points, with each of its sides, some at once; what came of them.
+async fn at_each<'a>(
+    points: &[Point],
+    mut run: impl FnMut(usize, Point, Side) -> BoxFuture<'a, Result<bool, CheckError>>,
+) -> Result<Vec<bool>, CheckError> {
+    let mut runs = Vec::new();
+    for (n, point) in points.iter().enumerate() {
+        for side in [Side::Before, Side::After] {
+            let run = run(n, point.clone(), side);
+            let place = format!("{side:?} {} {}", point.effect, point.nth);
+            runs.push(run.map_err(move |error| at(error, &place)));
+        }
+    }
     stream::iter(runs)
         .buffer_unordered(AT_ONCE)
         .try_collect()
@@ -314,19 +313,22 @@ pub async fn f7_a_taskmanager_killed_at_every_side_effect(cx: &Cx) -> CheckResul
         show(case, &points);
         listed += points.len();
         let stage = &stage;
-        let died = at_each(&points, |n, point, side| async move {
-            let stage = stage.part(&format!("{n}-{side:?}"))?;
-            let guest = stage.id("vm")?;
-            let mut first = stage.control_stopping(Some(point.stop(side))).await?;
-            let _machine = stage.guest(&guest).start().await?;
-            let died = dies(&mut first, &guest, policy).await?;
-            let mut second = stage.control().await?;
-            second.provision(&guest, policy, patient()).await?;
-            same("runs", second.succeeds(&guest).await?, 1)?;
-            stage.ran(&guest, 1)?;
-            second.0.kill().await?;
-            stage.clear(&[&guest]).await?;
-            Ok(died)
+        let died = at_each(&points, |n, point, side| {
+            async move {
+                let stage = stage.part(&format!("{n}-{side:?}"))?;
+                let guest = stage.id("vm")?;
+                let mut first = stage.control_stopping(point.stop(side)).await?;
+                let _machine = stage.guest(&guest).start().await?;
+                let died = dies(&mut first, &guest, policy).await?;
+                let mut second = stage.control().await?;
+                second.provision(&guest, policy, patient()).await?;
+                same("runs", second.succeeds(&guest).await?, 1)?;
+                stage.ran(&guest, 1)?;
+                second.0.kill().await?;
+                stage.clear(&[&guest]).await?;
+                Ok(died)
+            }
+            .boxed()
         });
         killed += died.await?.into_iter().filter(|died| *died).count();
     }
@@ -357,34 +359,37 @@ pub async fn f7_a_guest_killed_at_every_side_effect(cx: &Cx) -> CheckResult {
     let (_, points) = list_points(&stage, SendPolicy::PingFirst).await?;
     show("f7-guest", &points);
     let stage = &stage;
-    let interrupted = at_each(&points, |n, point, side| async move {
-        let stage = stage.part(&format!("{n}-{side:?}"))?;
-        let guest = stage.id("vm")?;
-        let mut control = stage.control().await?;
-        let mut first = stage.guest(&guest).stop(point.stop(side)).start().await?;
-        control
-            .provision(&guest, SendPolicy::PingFirst, patient())
-            .await?;
-        first.died().await?;
-        let _second = stage.guest(&guest).attached().await?;
-        let outcome = control.outcome(&guest).await?;
-        let ran = stage.effects(&guest)?.len();
-        // From the moment at which its handler may have been started until its end is in the journal,
-        // a guest cannot know how far it came, and this one was told to fail then.
-        let doubtful = ["journal running", "run prepare", "journal done"];
-        let fine = match outcome.state() {
-            State::Succeeded => ran == 1,
-            State::Failed => ran <= 1 && doubtful.contains(&&*point.effect),
-            _ => false,
-        };
-        expect(
-            fine,
-            "one outcome that is true",
-            format!("{outcome}, {ran} effects"),
-        )?;
-        control.0.kill().await?;
-        stage.clear(&[&guest]).await?;
-        Ok(outcome.state() == State::Failed)
+    let interrupted = at_each(&points, |n, point, side| {
+        async move {
+            let stage = stage.part(&format!("{n}-{side:?}"))?;
+            let guest = stage.id("vm")?;
+            let mut control = stage.control().await?;
+            let mut first = stage.guest(&guest).stop(point.stop(side)).start().await?;
+            control
+                .provision(&guest, SendPolicy::PingFirst, patient())
+                .await?;
+            first.died().await?;
+            let _second = stage.guest(&guest).attached().await?;
+            let outcome = control.outcome(&guest).await?;
+            let ran = stage.effects(&guest)?.len();
+            // From the moment at which its handler may have been started until its end is in the journal,
+            // a guest cannot know how far it came, and this one was told to fail then.
+            let doubtful = ["journal running", "run prepare", "journal done"];
+            let fine = match outcome.state() {
+                State::Succeeded => ran == 1,
+                State::Failed => ran <= 1 && doubtful.contains(&&*point.effect),
+                _ => false,
+            };
+            expect(
+                fine,
+                "one outcome that is true",
+                format!("{outcome}, {ran} effects"),
+            )?;
+            control.0.kill().await?;
+            stage.clear(&[&guest]).await?;
+            Ok(outcome.state() == State::Failed)
+        }
+        .boxed()
     });
     let interrupted = interrupted.await?;
     Ok(Evidence::of("side effects", points.len())
@@ -395,11 +400,10 @@ pub async fn f7_a_guest_killed_at_every_side_effect(cx: &Cx) -> CheckResult {
         ))
 }
 
-/// Which point it was at.
-fn at(error: CheckError, point: &Point, side: Side) -> CheckError {
+/// The failure, with the point that it was at.
+fn at(error: CheckError, place: &str) -> CheckError {
     match error {
         CheckError::Failed(mut failure) => {
-            let place = format!("{side:?} {} {}", point.effect, point.nth);
             failure.expected = format!("killed {place}: {}", failure.expected);
             CheckError::Failed(failure)
         }

@@ -4,12 +4,12 @@
 //! They hold the workflow to the guarantee on a broker that keeps the laws. Each runs on every harness
 //! whose broker other processes can reach.
 
-mod boot;
-mod broker;
-mod command;
-mod control;
-mod crash;
-mod queue;
+pub mod boot;
+pub mod broker;
+pub mod command;
+pub mod control;
+pub mod crash;
+pub mod queue;
 mod stage;
 
 use crate::check::{Check, CheckResult, Cx};

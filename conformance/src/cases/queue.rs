@@ -78,7 +78,7 @@ pub async fn w22_a_vanished_reports_queue_is_made_again(cx: &Cx) -> CheckResult 
 pub async fn w23_a_queue_deleted_under_the_guest_comes_back(cx: &Cx) -> CheckResult {
     let stage = Stage::new(cx, "w23").await?;
     let stop = Stop::before("publish prepare").held();
-    let mut control = stage.control_stopping(Some(stop)).await?;
+    let mut control = stage.control_stopping(stop).await?;
     control.ready().await?;
     let guest = stage.id("deleted")?;
     let queue = GuestAddress::from(guest.clone()).queue();
@@ -143,7 +143,7 @@ pub async fn w27_a_queue_with_other_arguments_is_told(cx: &Cx) -> CheckResult {
         nth: 2,
         ..Stop::after("record planned").held()
     };
-    let mut control = stage.control_stopping(Some(stop)).await?;
+    let mut control = stage.control_stopping(stop).await?;
     control.ready().await?;
     control
         .provision(&guest, SendPolicy::PingFirst, patient())

@@ -103,19 +103,37 @@ impl<'a> Stage<'a> {
         Ok(QueueName::reports(&self.control_name())?)
     }
 
-    /// A taskmanager, running.
+    /// A taskmanager, running. One that was killed a moment ago may still count for as long as the
+    /// backend needs to notice, so a conflict is tried again until `LONG` is over.
     pub(super) async fn control(&self) -> Result<Control, CheckError> {
-        let mut control = self.control_stopping(None).await?;
-        control.ready().await?;
-        Ok(control)
+        let mut control = Control(self.actor(&[])?);
+        let order = self.control_order("records.db", WAIT, None);
+        let deadline = long();
+        loop {
+            control.0.order(&order).await?;
+            let started = control
+                .0
+                .hear("whether it is the taskmanager", |told| match told {
+                    Told::Ready => Some(Ok(())),
+                    Told::Failed { kind, error, .. } => Some(Err((kind.clone(), error.clone()))),
+                    _ => None,
+                });
+            match started.await? {
+                Ok(()) => return Ok(control),
+                Err((kind, _)) if kind == "Conflict" && !deadline.has_passed() => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Err((_, error)) => return Err(CheckError::failed("a taskmanager starts", error)),
+            }
+        }
     }
 
-    /// A taskmanager that was only told to start, and where to stop.
-    pub(super) async fn control_stopping(&self, stop: Option<Stop>) -> Result<Control, CheckError> {
-        self.control_on("records.db", WAIT, stop).await
+    /// A taskmanager that nobody was before, told where to stop.
+    pub(super) async fn control_stopping(&self, stop: Stop) -> Result<Control, CheckError> {
+        self.control_on("records.db", WAIT, Some(stop)).await
     }
 
-    /// The same, on these records, waiting this long for the broker.
+    /// A taskmanager that was only told to start: on these records, waiting this long for the broker.
     pub(super) async fn control_on(
         &self,
         records: &str,
@@ -123,14 +141,18 @@ impl<'a> Stage<'a> {
         stop: Option<Stop>,
     ) -> Result<Control, CheckError> {
         let mut actor = self.actor(&[])?;
-        let order = Order::Control {
+        let order = self.control_order(records, within, stop);
+        actor.order(&order).await?;
+        Ok(Control(actor))
+    }
+
+    fn control_order(&self, records: &str, within: Duration, stop: Option<Stop>) -> Order {
+        Order::Control {
             name: self.control_name(),
             records: self.directory.path().join(records),
             within_ms: ms(within),
             stop,
-        };
-        actor.order(&order).await?;
-        Ok(Control(actor))
+        }
     }
 
     /// A guest that is to be started.
@@ -184,15 +206,24 @@ impl<'a> Stage<'a> {
             .await
     }
 
-    /// The broker holds nothing of this machine.
+    /// The broker holds nothing of this machine, once what it said last was collected. Its process has
+    /// to be gone.
     pub(super) async fn nothing_left_of(&self, machine: &GuestAddress) -> Result<(), CheckError> {
-        match self.cx.server.remains(&machine.queue()).await {
-            Ok(remains) => same("what is left on the broker", remains, Vec::new()),
-            // A broker that is only known by its URL is seen through the backend alone.
-            Err(_) => {
-                let status = self.broker.status(&machine.queue(), long()).await;
-                must_be("status of what was deleted", status, &ErrorKind::NoQueue).map(drop)
+        let deadline = long();
+        loop {
+            let remains = match self.cx.server.remains(&machine.queue()).await {
+                Ok(remains) => remains,
+                // A broker that is only known by its URL is seen through the backend alone.
+                Err(_) => {
+                    let status = self.broker.status(&machine.queue(), long()).await;
+                    let gone = must_be("status of what was deleted", status, &ErrorKind::NoQueue);
+                    return gone.map(drop);
+                }
+            };
+            if remains.is_empty() || deadline.has_passed() {
+                return same("what is left on the broker", remains, Vec::new());
             }
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
