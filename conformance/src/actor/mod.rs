@@ -14,8 +14,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     process::{Child, ChildStdin, ChildStdout, Command},
+    sync::mpsc,
 };
 use wilco::{Deadlines, GuestId, Incarnation, ProvisionOutcome, SendPolicy, State};
 
@@ -206,7 +207,7 @@ pub enum Told {
 pub struct Actor {
     child: Child,
     orders: ChildStdin,
-    told: Lines<BufReader<ChildStdout>>,
+    told: mpsc::UnboundedReceiver<std::io::Result<String>>,
     /// What was told before anybody asked for it.
     heard: Vec<Told>,
 }
@@ -252,7 +253,7 @@ impl Actor {
         Ok(Self {
             child,
             orders,
-            told: BufReader::new(told).lines(),
+            told: listen(told),
             heard: Vec::new(),
         })
     }
@@ -332,8 +333,10 @@ impl Actor {
     async fn next(&mut self) -> Result<Option<Told>, CheckError> {
         let bad =
             |seen: &dyn std::fmt::Display| CheckError::failed("an actor tells what happens", seen);
-        let line = self.told.next_line().await.map_err(|error| bad(&error))?;
-        let Some(line) = line else { return Ok(None) };
+        let Some(line) = self.told.recv().await else {
+            return Ok(None);
+        };
+        let line = line.map_err(|error| bad(&error))?;
         match serde_json::from_str(&line) {
             Ok(told) => Ok(Some(told)),
             // Killed in the middle of a line.
@@ -377,4 +380,18 @@ impl Actor {
         }
         Err(CheckError::failed("a signal is sent", "it was not"))
     }
+}
+
+/// Reads everything that is told, whether or not anybody asks for it: an actor never waits for that.
+fn listen(told: ChildStdout) -> mpsc::UnboundedReceiver<std::io::Result<String>> {
+    let (tell, lines) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let mut told = BufReader::new(told).lines();
+        while let Some(line) = told.next_line().await.transpose() {
+            if tell.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    lines
 }

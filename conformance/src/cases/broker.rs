@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use wilco::{GuestId, SendPolicy, State};
 
-use super::stage::{Stage, patient};
+use super::stage::{Stage, boot, patient};
 use crate::{
     actor::{Actor, Order, Stop, Told},
     check::{CheckError, CheckResult, Cx, Evidence},
@@ -46,9 +46,11 @@ pub async fn w18_a_broker_that_is_down_at_the_start_is_told(cx: &Cx) -> CheckRes
     let faults = cx.server.faults()?;
     let stage = Stage::new(cx, "w18").await?;
     let guest = stage.id("later")?;
+    // A server may take its time to start.
+    let unhurried = boot(10 * LONG);
     let mut first = stage.control().await?;
     first
-        .provision(&guest, SendPolicy::PingFirst, patient())
+        .provision(&guest, SendPolicy::PingFirst, unhurried)
         .await?;
     first.reaches(&guest, State::AwaitingGuest).await?;
     first.0.kill().await?;
@@ -66,7 +68,7 @@ pub async fn w18_a_broker_that_is_down_at_the_start_is_told(cx: &Cx) -> CheckRes
     faults.start().await?;
     let mut third = stage.control().await?;
     third
-        .provision(&guest, SendPolicy::PingFirst, patient())
+        .provision(&guest, SendPolicy::PingFirst, unhurried)
         .await?;
     let _machine = stage.guest(&guest).start().await?;
     same("runs", third.succeeds(&guest).await?, 1)?;
@@ -87,10 +89,19 @@ pub async fn w19_a_lost_confirm_leads_to_one_effect(cx: &Cx) -> CheckResult {
         .map_err(|error| CheckError::failed("a proxy starts", error))?;
     let near = Stage::new(cx, "w19").await?;
     let far = near.by(faults.url_via(proxy.address()))?;
-    let guest = near.id("confirm")?;
-    let stop = Stop::before("publish prepare").held();
+    let (first, guest) = (near.id("first")?, near.id("confirm")?);
+    // The second publish: what a client does before its first one may need an answer.
+    let stop = Stop {
+        nth: 2,
+        ..Stop::before("publish prepare").held()
+    };
     let mut control = far.control_stopping(stop).await?;
     control.ready().await?;
+    let _other = near.guest(&first).start().await?;
+    control
+        .provision(&first, SendPolicy::PingFirst, patient())
+        .await?;
+    control.succeeds(&first).await?;
     let _machine = near.guest(&guest).start().await?;
     control
         .provision(&guest, SendPolicy::PingFirst, patient())
@@ -108,7 +119,7 @@ pub async fn w19_a_lost_confirm_leads_to_one_effect(cx: &Cx) -> CheckResult {
     proxy.reset();
     same("runs", control.succeeds(&guest).await?, 1)?;
     near.ran(&guest, 1)?;
-    near.clear(&[&guest]).await?;
+    near.clear(&[&first, &guest]).await?;
     Ok(Evidence::of("confirms lost", 1))
 }
 
