@@ -1,17 +1,18 @@
 #!/bin/sh
-# Installs the broker servers that the tests start for themselves, where they are missing: Debian's
-# packages rabbitmq-server, nats-server and redis-server. Nothing is left running.
+# Installs what the tests start for themselves, where it is missing: Debian's packages rabbitmq-server,
+# nats-server and redis-server, and faketime for a guest whose clock is wrong. Nothing is left running.
 set -eu
 
 missing=''
 command -v nats-server >/dev/null || missing="$missing nats-server"
 command -v redis-server >/dev/null || missing="$missing redis-server"
+command -v faketime >/dev/null || missing="$missing faketime"
 [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] || command -v rabbitmq-server >/dev/null ||
     missing="$missing rabbitmq-server"
 [ -n "$missing" ] || exit 0
 
 if ! command -v apt-get >/dev/null; then
-    echo "install these servers, then run this again:$missing" >&2
+    echo "install these packages, then run this again:$missing" >&2
     exit 1
 fi
 as_root=''

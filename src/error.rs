@@ -1,6 +1,6 @@
 //! The one error type: what went wrong, and what is known about the message.
 
-use std::{borrow::Cow, error::Error as StdError, fmt, io};
+use std::{borrow::Cow, convert::Infallible, error::Error as StdError, fmt, io};
 
 use crate::names::QueueName;
 
@@ -261,6 +261,13 @@ impl fmt::Debug for Error {
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.0.source.as_deref().map(|source| source as _)
+    }
+}
+
+impl From<Infallible> for Error {
+    /// For arguments that are valid already, where one that has to be checked would do too.
+    fn from(never: Infallible) -> Self {
+        match never {}
     }
 }
 

@@ -10,7 +10,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, Weak},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -50,16 +53,19 @@ pub(super) async fn request(
     core.open()?;
     fits(&body)?;
     let mut closing = core.closing();
+    // Somebody was there to be asked.
+    let asked = AtomicBool::new(false);
     let exchanges = async {
         loop {
             // None: the connection broke, and the answer may have passed us by.
-            if let Some(answer) = exchange(core, queue, &body, deadline).await? {
+            if let Some(answer) = exchange(core, queue, &body, deadline, &asked).await? {
                 return Ok(answer);
             }
         }
     };
     let late = |_| match core.main.trouble() {
         Some(trouble) => trouble,
+        None if asked.load(Ordering::Relaxed) => silent(),
         None if core.attended.lately(queue, core.dialer.lease) => silent(),
         None => Error::new(
             ErrorKind::DeadlineExceeded,
@@ -78,6 +84,7 @@ async fn exchange(
     queue: &QueueName,
     body: &Bytes,
     deadline: Deadline,
+    asked: &AtomicBool,
 ) -> Result<Option<Bytes>> {
     let live = match core.main.now() {
         Some(live) => live,
@@ -92,7 +99,10 @@ async fn exchange(
             core.attended.not(queue);
             return Err(nobody());
         }
-        Ok(_) => core.attended.now(queue),
+        Ok(_) => {
+            core.attended.now(queue);
+            asked.store(true, Ordering::Relaxed);
+        }
         Err(failure) if failure.is_broken() || failure.is_passing() => {
             live.give_up(&failure);
             live.until_lost().await;

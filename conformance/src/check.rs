@@ -43,22 +43,24 @@ impl Check {
     /// How long this one may take.
     #[must_use]
     pub fn limit(&self) -> Duration {
-        if self.law.starts_with('F') {
+        if self.law.starts_with(['F', 'W']) {
             Self::LIMIT_WITH_FAULTS
         } else {
             Self::LIMIT
         }
     }
 
-    /// Whether it restarts or breaks its broker, or nodes of it: its law (section F) or its name says so.
+    /// Whether it restarts or breaks its broker, or nodes of it: its law (section F), its case or its
+    /// name says so.
     #[must_use]
     pub fn usage(&self) -> Use {
-        if self.law == "F6" {
-            Use::Cluster
-        } else if self.law.starts_with('F') || self.name.contains("restart") {
-            Use::Alone
-        } else {
-            Use::Shared
+        match self.law {
+            // Their processes are killed, and the broker is left alone.
+            "F7" => Use::Shared,
+            "F6" | "W20" => Use::Cluster,
+            "W17" | "W18" | "W19" | "W33" | "W38" | "W39" => Use::Alone,
+            law if law.starts_with('F') || self.name.contains("restart") => Use::Alone,
+            _ => Use::Shared,
         }
     }
 
@@ -131,6 +133,8 @@ pub struct Options {
     pub kills: usize,
     /// How long a broker is down where the law says a minute (law F5).
     pub outage: Duration,
+    /// How many guests, or races, where a case says a thousand (cases W37, W38).
+    pub crowd: usize,
 }
 
 impl Options {
@@ -144,6 +148,7 @@ impl Options {
             histories: std::env::temp_dir(),
             kills: 50,
             outage: Duration::from_secs(60),
+            crowd: 1_000,
         }
     }
 }

@@ -13,7 +13,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    agent,
+    actor, agent,
     harness::Harness,
     harnesses, ledger, registry,
     report::{Report, html, junit},
@@ -35,6 +35,7 @@ enum Command {
     #[command(after_help = "Examples:\n  \
         wilco-conformance run --broker sqlite\n  \
         wilco-conformance run --broker sqlite --law Q3 --seed 7\n  \
+        wilco-conformance run --broker redis --law W9 --law F7\n  \
         wilco-conformance run --broker memory --broker sqlite --faults --saboteurs --report out\n  \
         wilco-conformance run --broker amqp://broker.example --report out\n\n\
         On a broker that is given by its URL, only queues of the suite's own names are used, nothing is \
@@ -68,6 +69,9 @@ enum Command {
     /// The second process of a check.
     #[command(hide = true)]
     Agent,
+    /// A taskmanager or a guest of a case.
+    #[command(hide = true)]
+    Actor,
 }
 
 #[derive(Debug, Args)]
@@ -100,9 +104,13 @@ pub async fn main() -> ExitCode {
         } => show(&mut out, &files, html, junit, json),
         Command::Check { history } => check(&mut out, &history),
         Command::Saboteurs(asked) => saboteurs(&mut out, asked).await,
-        Command::Agent => match std::env::var(agent::URL) {
+        Command::Agent => match broker_of_agent() {
             Ok(url) => agent::run(&url).await.map(|()| true),
-            Err(_) => Err(format!("{} has to hold the broker's URL", agent::URL)),
+            Err(missing) => Err(missing),
+        },
+        Command::Actor => match broker_of_agent() {
+            Ok(url) => actor::run(&url).await.map(|()| true),
+            Err(missing) => Err(missing),
         },
     };
     match done {
@@ -115,8 +123,12 @@ pub async fn main() -> ExitCode {
     }
 }
 
+fn broker_of_agent() -> Result<String, String> {
+    std::env::var(agent::URL).map_err(|_| format!("{} has to hold the broker's URL", agent::URL))
+}
+
 fn list(out: &mut impl Write) -> Result<bool, String> {
-    for check in registry::all() {
+    for check in registry::with_cases() {
         let line = format!("{:<4} {:<56} {}", check.law, check.name, check.title);
         say(out, line)?;
     }

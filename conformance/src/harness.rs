@@ -93,6 +93,16 @@ pub trait Server: Send + Sync + fmt::Debug {
     /// [`Unavailable`] if nothing could outlive that.
     async fn restart(&self) -> Result<(), Unavailable>;
 
+    /// A URL that reaches the broker with credentials which it refuses (case W4).
+    ///
+    /// # Errors
+    /// [`Unavailable`] if it asks nobody for any.
+    fn refused_url(&self) -> Result<String, Unavailable> {
+        Err(Unavailable::because(
+            "this broker asks nobody for credentials",
+        ))
+    }
+
     /// The broker's process and its network, to break them (section F).
     ///
     /// # Errors

@@ -9,13 +9,17 @@
 //! - [`ledger`]: the append-only history, and what it says in the end (section L);
 //! - [`agent`]: a second process that can be killed and paused;
 //! - [`laws`]: the checks, a plain function each, and [`registry`] that lists them;
+//! - [`actor`]: a taskmanager or guest as a process that stops at any of its side effects, and [`cases`]:
+//!   what the workflow has to come to, whatever dies when (W1 to W40, F7);
 //! - [`saboteurs`]: brokers that break one law each, and the check that has to catch them (X1);
 //! - [`report`] and [`command`]: running it all and telling what came of it.
 //!
 //! To hold a backend to the contract, implement [`harness::Harness`] and run [`registry::all`] on it.
 //! `examples/writing-a-backend.md` builds one in seven steps.
 
+pub mod actor;
 pub mod agent;
+pub mod cases;
 pub mod check;
 pub mod command;
 pub mod harness;

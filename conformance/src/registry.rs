@@ -1,6 +1,7 @@
 //! Every check, once. Tests and the command are made from this one list.
 
 use crate::{
+    cases,
     check::{Check, CheckResult, Cx},
     laws,
 };
@@ -121,10 +122,16 @@ macro_rules! registry {
 }
 for_each_check!(registry);
 
-/// The check of this name.
+/// The same, and behind them the cases of the workflow.
+#[must_use]
+pub fn with_cases() -> Vec<Check> {
+    all().into_iter().chain(cases::all()).collect()
+}
+
+/// The check or case of this name.
 #[must_use]
 pub fn find(name: &str) -> Option<Check> {
-    all().into_iter().find(|check| check.name == name)
+    with_cases().into_iter().find(|check| check.name == name)
 }
 
 /// Every law that has to have a check in this package: those that a trait and its harness can show.
@@ -134,7 +141,7 @@ pub fn laws() -> Vec<String> {
     let numbered = sections
         .into_iter()
         .flat_map(|(section, last)| (1..=last).map(move |number| format!("{section}{number}")));
-    // F7 needs the workflow, which is not behind the trait.
+    // F7 is a case of the workflow.
     let faults = ["F1", "F2", "F3", "F4", "F5", "F6", "F8", "F9"].map(String::from);
     numbered.chain(faults).chain(["L".into()]).collect()
 }
@@ -154,7 +161,7 @@ mod tests {
     #[test]
     fn names_are_unique_and_begin_with_their_law() {
         let mut names = HashSet::new();
-        for check in all() {
+        for check in with_cases() {
             assert!(names.insert(check.name), "{} is there twice", check.name);
             let prefix = format!("{}_", check.law.to_lowercase());
             assert!(
@@ -168,8 +175,8 @@ mod tests {
 
     #[test]
     fn every_public_function_of_the_laws_is_listed() {
-        let mut sources =
-            vec![std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/laws")];
+        let package = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+        let mut sources = vec![package.join("src/laws"), package.join("src/cases")];
         let mut functions = HashSet::new();
         while let Some(path) = sources.pop() {
             if path.is_dir() {
@@ -186,7 +193,10 @@ mod tests {
                 }
             }
         }
-        let listed: HashSet<_> = all().iter().map(|check| check.name.to_owned()).collect();
+        let listed: HashSet<_> = with_cases()
+            .iter()
+            .map(|check| check.name.to_owned())
+            .collect();
         assert_eq!(functions, listed);
     }
 }

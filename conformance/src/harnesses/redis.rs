@@ -202,6 +202,10 @@ impl Server for RedisServer {
         self.start().await
     }
 
+    fn refused_url(&self) -> Result<String, Unavailable> {
+        Ok(self.url().replacen("://", "://nobody:wrong@", 1))
+    }
+
     fn faults(&self) -> Result<&dyn Faults, Unavailable> {
         Ok(self)
     }

@@ -98,6 +98,20 @@ consume!(
 );
 
 consume!(
+    /// Says Ok to an ack that the broker has hardly had the time to confirm: one that a cut holds up is
+    /// lost.
+    AckIsHardlyWaitedFor {},
+    |this, inner, queue, options, by| {
+        let inner = inner.consume(queue, options, by).await?;
+        Ok(settling(inner, |lease: Box<dyn Lease>, settlement, _| async move {
+            let hardly = Deadline::after(Duration::from_millis(20));
+            drop(lease.settle(settlement, hardly).await);
+            Ok(())
+        }))
+    }
+);
+
+consume!(
     /// Sends acks off and says Ok before they arrive: a close loses the last of them.
     AcksLazily { last: Arc<Mutex<Option<Box<dyn Lease>>>> },
     |this, inner, queue, options, by| {

@@ -83,6 +83,7 @@ fn options(broker: &str) -> Options {
         // A start of RabbitMQ takes five seconds of a processor's time, one of the others a moment.
         kills: if broker == "rabbitmq" { 2 } else { 50 },
         outage: Duration::from_secs(8),
+        crowd: 40,
         ..options
     }
 }

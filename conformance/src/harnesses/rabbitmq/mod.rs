@@ -163,6 +163,11 @@ impl Server for Vhost {
         self.node.up().await.map_err(Unavailable::because)
     }
 
+    fn refused_url(&self) -> Result<String, Unavailable> {
+        let url = self.url_at(self.node.process.address());
+        Ok(url.replacen("guest:guest", "guest:wrong", 1))
+    }
+
     fn faults(&self) -> Result<&dyn Faults, Unavailable> {
         Ok(self)
     }

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use tokio::sync::Semaphore;
 use wilco::{
     ErrorKind, Headers, MessageId, Outcome,
     broker::{DeleteMode, QueueSpec},
@@ -83,22 +84,24 @@ pub async fn q6_a_publish_racing_with_delete_is_stored_or_an_error(cx: &Cx) -> C
     let (mut stored, mut refused) = (0, 0);
     for round in 0..ROUNDS {
         let name = queue(&*handles[0], "q6-race").await?;
+        let answered = Arc::new(Semaphore::new(0));
         let publishers = (0..8usize).map(|task| {
             let (broker, name) = (Arc::clone(&handles[task % 2]), name.clone());
+            let answered = Arc::clone(&answered);
             tokio::spawn(async move {
                 let mut answers = Vec::new();
                 for n in 0..6 {
                     let id = format!("r{round}-t{task}-{n}");
                     let answer = broker.publish(&name, named(id.clone())?, long()).await;
                     answers.push((id, answer.map_err(|e| (e.kind().clone(), e.outcome()))));
+                    answered.add_permits(1);
                 }
                 Ok(answers)
             })
         });
         let publishers: Vec<_> = publishers.collect();
-        for _ in 0..rng.usize(0..40) {
-            tokio::task::yield_now().await;
-        }
+        // Behind as many answers as this, so that neither side wins by who the scheduler likes.
+        drop(answered.acquire_many(rng.u32(0..40)).await);
         let gone = handles[0]
             .delete(&name, DeleteMode::Discard, long())
             .await?;

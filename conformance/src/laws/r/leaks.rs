@@ -62,9 +62,17 @@ async fn unanswered(
         let (broker, lane) = (Arc::clone(broker), lane.clone());
         tokio::spawn(async move {
             for _ in 0..requests / TASKS {
-                let limit = Deadline::after(Duration::from_millis(250));
+                let limit = Deadline::after(Duration::from_millis(500));
                 let answer = broker.request(&lane, vec![b'x'; 1024].into(), limit).await;
-                must_be("an unanswered request", answer, &ErrorKind::ConsumerSilent)?;
+                let error = must_fail("an unanswered request", answer)?;
+                // On a machine that is busy enough the time is over before it has left.
+                let unanswered = [ErrorKind::ConsumerSilent, ErrorKind::DeadlineExceeded];
+                let kind = format!("{error} ({:?})", error.kind());
+                expect(
+                    unanswered.contains(error.kind()),
+                    "an unanswered request is silence",
+                    kind,
+                )?;
             }
             Ok(())
         })
