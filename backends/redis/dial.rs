@@ -41,7 +41,7 @@ pub(super) struct Dialer {
 #[derive(Debug)]
 enum Way {
     Addresses(Vec<(Host, Client)>),
-    Sentinels(Sentinels),
+    Sentinels(Box<Sentinels>),
 }
 
 /// A connection that was made.
@@ -95,7 +95,7 @@ impl Dialer {
                 ));
             }
             let database = database_of(url, Some(database).filter(|text| !text.is_empty()))?;
-            Way::Sentinels(Sentinels::of(endpoint.clone(), name, database)?)
+            Way::Sentinels(Box::new(Sentinels::of(endpoint.clone(), name, database)?))
         } else {
             let endpoint = Endpoint::of(url, DEFAULT_PORT, with_tls)?;
             let database = database_of(url, endpoint.path.as_deref())?;
