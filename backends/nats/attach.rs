@@ -10,7 +10,7 @@
 //! had received is kept in the notes. One that leaves in order deletes it itself, and with it all goes back
 //! at once; unless deliveries are still in hand, which keep their leases, and the next one shares it (C5).
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use async_nats::Subscriber;
 use bytes::Bytes;
@@ -173,6 +173,7 @@ async fn settle_in(
     notes.floors.retain(|floor| *floor >= first);
     notes.marks.retain(|sequence, _| *sequence >= first);
     notes.settled.retain(|_, last| *last >= first);
+    sweep(link, names, &notes.settled, deadline).await?;
     let left_in_order = notes.holder.is_none();
     let consumer = match notes.consumer.take().filter(|_| left_in_order) {
         Some(consumer) => consumer,
@@ -223,6 +224,32 @@ async fn settle_in(
             Err(refusal) => return Err(refusal.into_error()),
         }
     }
+}
+
+/// Takes out again what was settled and came back when the server was killed (law C2). Nobody gets it, so
+/// nobody is to wait for it because the queue counts it.
+pub(super) async fn sweep(
+    link: &Link,
+    names: &Names,
+    settled: &BTreeMap<u64, u64>,
+    deadline: Deadline,
+) -> Result<()> {
+    let mut from = 0;
+    for (first, last) in settled {
+        from = from.max(*first);
+        while from <= *last {
+            let stored = link.stored(names, &names.input(), from, deadline).await?;
+            let Some(stored) = stored else {
+                return Ok(());
+            };
+            from = stored.sequence;
+            if from <= *last {
+                link.forget(names, from, deadline).await?;
+                from += 1;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Those through which the dead one received, and how far each had delivered.

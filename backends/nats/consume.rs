@@ -24,7 +24,7 @@ use tokio::{
 
 use super::{
     api::Fence,
-    attach::{attach, delivered, lock_name, still_there},
+    attach::{attach, delivered, lock_name, still_there, sweep},
     closed,
     connection::{Link, gone, lock},
     form, keep,
@@ -517,14 +517,23 @@ impl Hold {
     }
 
     /// Looks what is left after the connection was made again: a server that was killed has forgotten
-    /// what it delivered last, and delivers that again.
-    async fn look_back(&self, deadline: Deadline) -> Result<()> {
+    /// what it delivered last, and delivers that again. What was settled last may be there
+    /// again too, if it is not the `server` of before: that has a new id each time that it starts.
+    async fn look_back(&self, server: &mut String, deadline: Deadline) -> Result<()> {
         self.check(deadline).await?;
         let last = delivered(&self.link, &self.names, &self.consumer, deadline).await?;
-        if let Some(last) = last {
-            lock(&self.inner)
-                .buffer
-                .retain(|received| received.sequence <= last);
+        let Some(last) = last else {
+            return Ok(());
+        };
+        let settled = {
+            let mut inner = lock(&self.inner);
+            inner.buffer.retain(|received| received.sequence <= last);
+            inner.settled.clone()
+        };
+        let now = self.link.client.server_info().server_id;
+        if *server != now {
+            sweep(&self.link, &self.names, &settled, deadline).await?;
+            *server = now;
         }
         Ok(())
     }
@@ -655,6 +664,7 @@ fn is_outage(error: &Error) -> bool {
 async fn run(hold: Arc<Hold>, mut arrivals: Subscriber, inbox: String) {
     let mut state = hold.link.state();
     let mut generation = state.borrow_and_update().generation;
+    let mut server = hold.link.client.server_info().server_id;
     let mut number = 0;
     loop {
         give_back_loose(&hold);
@@ -690,7 +700,8 @@ async fn run(hold: Arc<Hold>, mut arrivals: Subscriber, inbox: String) {
                     generation = now;
                     // What the server was asked on the old connection it has forgotten.
                     lock(&hold.inner).pulls.clear();
-                    let _ = hold.look_back(Deadline::after(hold.link.options.takeover)).await;
+                    let deadline = Deadline::after(hold.link.options.takeover);
+                    let _ = hold.look_back(&mut server, deadline).await;
                 }
             }
         }
