@@ -110,6 +110,7 @@ pub(crate) use check;
 
 /// Makes one test for each check, and one that no check is missing. What makes a test of a check is
 /// the file's own macro `one`, which knows what is open on its backend.
+#[allow(unused_macros, reason = "each test binary uses some of it")]
 macro_rules! tests {
     ($($section:ident :: $name:ident, $law:literal, $title:literal;)*) => {
         $(one!($section $name);)*
@@ -124,4 +125,5 @@ macro_rules! tests {
         }
     };
 }
+#[allow(unused_imports, reason = "each test binary uses some of it")]
 pub(crate) use tests;
