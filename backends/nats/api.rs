@@ -131,7 +131,25 @@ impl Link {
     }
 
     /// What the server says of a queue's stream; `None` if there is none, or one that is being deleted.
+    ///
+    /// The server reads the number of all messages and those by subject one after the other, so that a
+    /// note which is tidied away in between counts as dead: what is dead is believed when two answers
+    /// agree on it (Q9).
     pub(super) async fn stream(&self, names: &Names, deadline: Deadline) -> Result<Option<Stream>> {
+        let mut before = None;
+        loop {
+            let Some(stream) = self.one_look(names, deadline).await? else {
+                return Ok(None);
+            };
+            let (_, dead) = stream.counts(names);
+            if dead == 0 || before == Some(dead) {
+                return Ok(Some(stream));
+            }
+            before = Some(dead);
+        }
+    }
+
+    async fn one_look(&self, names: &Names, deadline: Deadline) -> Result<Option<Stream>> {
         let verb = format!("STREAM.INFO.{}", names.stream);
         let body = json!({ "subjects_filter": names.living() });
         match self.api(&verb, &body, deadline).await? {
