@@ -12,7 +12,7 @@ use std::{
 use lapin::{ExchangeKind, options::ExchangeDeclareOptions, types::FieldTable};
 use tokio::{
     sync::watch,
-    time::{Instant, sleep},
+    time::sleep,
 };
 use uuid::Uuid;
 
@@ -68,8 +68,6 @@ pub(super) struct Core {
     copies: AtomicU64,
     /// Who takes turns in this process, before it takes a lock on the broker.
     turns: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
-    /// When this handle made queues that are not old yet.
-    made: Mutex<HashMap<QueueName, Instant>>,
     /// Queues whose binding this handle has seen to.
     pub(super) bound: Mutex<HashSet<QueueName>>,
     pub(super) holders: Mutex<Vec<Weak<Holder>>>,
@@ -125,7 +123,6 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<C
         closed: watch::Sender::new(false),
         copies: AtomicU64::new(0),
         turns: Mutex::default(),
-        made: Mutex::default(),
         bound: Mutex::default(),
         holders: Mutex::default(),
         lanes: Mutex::default(),
@@ -293,18 +290,6 @@ impl Core {
         let turn = Arc::default();
         turns.insert(name.into(), Arc::downgrade(&turn));
         turn
-    }
-
-    pub(super) fn note_made(&self, queue: &QueueName) {
-        let mut made = lock(&self.made);
-        made.retain(|_, at| at.elapsed() < self.fresh);
-        made.insert(queue.clone(), Instant::now());
-    }
-
-    /// When a queue is old enough to be published to.
-    pub(super) fn old_enough(&self, queue: &QueueName) -> Option<Instant> {
-        let at = *lock(&self.made).get(queue)?;
-        (at.elapsed() < self.fresh).then(|| at + self.fresh)
     }
 
     pub(super) async fn close(self: &Arc<Self>, deadline: Deadline) -> Result<()> {

@@ -91,11 +91,11 @@ fn build(
         "fresh",
         Some(format!("{:?}", core.fresh)),
         if waits {
-            "a queue younger than this is lost in a power cut with what is in it: the first publish by \
-             the handle that made it waits until it is older"
+            "a queue younger than this is lost when the broker is killed or its power is cut, with what is \
+             in it: declare is Ok when it is older"
         } else {
-            "a queue that was made a moment ago is lost in a power cut with what is in it, and publishes \
-             do not wait until it is older"
+            "a queue that was made a moment ago is lost when the broker is killed or its power is cut, with \
+             what is in it, and declare does not wait until it is older"
         },
         (!waits).then_some("connect with fresh=2s, or without this option"),
     );

@@ -71,17 +71,6 @@ pub(super) async fn store(
     message: &Message,
     deadline: Deadline,
 ) -> Result<()> {
-    if let Some(old_enough) = core.old_enough(queue)
-        && deadline
-            .bound(tokio::time::sleep_until(old_enough))
-            .await
-            .is_err()
-    {
-        return Err(Error::new(
-            ErrorKind::DeadlineExceeded,
-            "the deadline passed before the queue was old enough to outlive a power cut",
-        ));
-    }
     // Whether an earlier copy may be there: then no later refusal says that none is.
     let mut outcome = Outcome::NotStored;
     let (mut refusals, mut waits) = (0, 0);

@@ -7,6 +7,7 @@ use lapin::{
     options::{QueueBindOptions, QueueDeclareOptions, QueuePurgeOptions},
     types::{AMQPValue, FieldTable},
 };
+use tokio::time::sleep;
 
 use super::{
     barrier::{COUNTED, COUNTS},
@@ -268,6 +269,13 @@ async fn declare_once(
     wire.spares().keep(channel);
     lock(&core.bound).insert(queue.clone());
     core.gates.learn(queue, spec.max_messages);
+    if declared == Declared::Created && deadline.bound(sleep(core.fresh)).await.is_err() {
+        let error = Error::new(
+            ErrorKind::DeadlineExceeded,
+            "the deadline passed before the queue was old enough to outlive the broker's end",
+        );
+        return Err(error.into());
+    }
     gate.release().await?;
     Ok(declared)
 }
@@ -333,7 +341,6 @@ async fn make(
     channel
         .queue_declare(queue.as_str().into(), index::declare_options(), asked)
         .await?;
-    core.note_made(queue);
     Ok(())
 }
 

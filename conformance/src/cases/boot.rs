@@ -140,8 +140,9 @@ pub async fn w5_a_hung_guest_is_silent(cx: &Cx) -> CheckResult {
     control
         .gives_up(&guest, ReasonKind::ConsumerSilent, Some(Step::Boot))
         .await?;
+    machine.0.order(&Order::Go).await?;
+    machine.turned_away().await?;
     stage.ran(&guest, 0)?;
-    machine.0.kill().await?;
     stage.nothing_left(&guest).await?;
     stage.clear(&[]).await?;
     Ok(Evidence::of("hung guests", 1))

@@ -61,7 +61,6 @@ pub async fn w25_a_zombie_of_an_old_incarnation_is_fenced(cx: &Cx) -> CheckResul
         "the second run is the new machine's",
         format!("{effects:?}"),
     )?;
-    drop(old);
     stage.nothing_left(&guest).await?;
     stage.clear_queue(&GuestAddress::new(guest, next)).await?;
     stage.clear(&[]).await?;
@@ -132,7 +131,10 @@ pub async fn w36_a_delete_at_every_step_leaves_nothing(cx: &Cx) -> CheckResult {
         };
         control.0.hear("what came of the delete", done).await??;
         same("state", control.record(&guest).await?.state, State::Deleted)?;
-        drop(machine);
+        if let Some(mut machine) = machine {
+            machine.0.order(&Order::Go).await?;
+            machine.turned_away().await?;
+        }
         stage.nothing_left(&guest).await?;
         let mut late = stage.guest(&guest).start().await?;
         late.turned_away().await?;
@@ -158,7 +160,7 @@ pub async fn w36_a_delete_at_every_step_leaves_nothing(cx: &Cx) -> CheckResult {
     machine.0.order(&Order::Open).await?;
     control.succeeds(&guest).await?;
     control.answer(&delete, &guest).await?;
-    drop(machine);
+    machine.turned_away().await?;
     stage.nothing_left(&guest).await?;
     stage.ran(&guest, 1)?;
     stage.clear(&[]).await?;
@@ -220,7 +222,6 @@ pub async fn w37_a_cancel_races_with_the_guest(cx: &Cx) -> CheckResult {
         }
     }
     // What was revoked has not run meanwhile either, and of it nothing is left.
-    drop(machines);
     for n in 0..cx.options.crowd {
         let guest = stage.id(&format!("{n}"))?;
         let state = control.record(&guest).await?.state;

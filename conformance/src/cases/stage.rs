@@ -206,8 +206,8 @@ impl<'a> Stage<'a> {
             .await
     }
 
-    /// The broker holds nothing of this machine, once what it said last was collected. Its process has
-    /// to be gone.
+    /// The broker holds nothing of this machine, once what it said last was collected and its guest has
+    /// given its lane back.
     pub(super) async fn nothing_left_of(&self, machine: &GuestAddress) -> Result<(), CheckError> {
         let deadline = long();
         loop {
