@@ -10,10 +10,7 @@ use std::{
 };
 
 use lapin::{ExchangeKind, options::ExchangeDeclareOptions, types::FieldTable};
-use tokio::{
-    sync::watch,
-    time::sleep,
-};
+use tokio::{sync::watch, time::sleep};
 use uuid::Uuid;
 
 use super::{

@@ -17,6 +17,7 @@ use crate::{
     harness::Harness,
     harnesses, ledger, registry,
     report::{Report, html, junit},
+    second,
 };
 
 /// Runs the laws of wilco's contract against a broker.
@@ -124,7 +125,7 @@ pub async fn main() -> ExitCode {
 }
 
 fn broker_of_agent() -> Result<String, String> {
-    std::env::var(agent::URL).map_err(|_| format!("{} has to hold the broker's URL", agent::URL))
+    std::env::var(second::URL).map_err(|_| format!("{} has to hold the broker's URL", second::URL))
 }
 
 fn list(out: &mut impl Write) -> Result<bool, String> {

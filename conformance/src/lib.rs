@@ -33,5 +33,6 @@ pub mod reference;
 pub mod registry;
 pub mod report;
 pub mod saboteurs;
+mod second;
 mod support;
 mod workload;

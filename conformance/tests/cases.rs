@@ -6,7 +6,7 @@ use wilco_conformance::{cases, for_each_case, harnesses};
 
 macro_rules! tests {
     ($($module:ident :: $name:ident, $case:literal, $title:literal;)*) => {
-        $(one!($name);)*
+        $(common::check!($name);)*
 
         #[test]
         fn every_case_is_a_test() {
@@ -31,11 +31,6 @@ mod embedded {
         "w33_an_alarm_is_waited_out",
         "w39_a_crowd_that_comes_back_is_bounded",
     ];
-    macro_rules! one {
-        ($name:ident) => {
-            common::check!($name);
-        };
-    }
     for_each_case!(tests);
 }
 
@@ -44,11 +39,6 @@ mod redis {
 
     const HARNESS: harnesses::Redis = harnesses::Redis;
     const NOT_RUN: &[&str] = &[];
-    macro_rules! one {
-        ($name:ident) => {
-            common::check!($name);
-        };
-    }
     for_each_case!(tests);
 }
 
@@ -62,11 +52,6 @@ mod nats {
         "w20_a_failover_confirms_nothing_false",
         "w33_an_alarm_is_waited_out",
     ];
-    macro_rules! one {
-        ($name:ident) => {
-            common::check!($name);
-        };
-    }
     for_each_case!(tests);
 }
 
@@ -79,16 +64,5 @@ mod rabbitmq {
         "w20_a_failover_confirms_nothing_false",
         "w33_an_alarm_is_waited_out",
     ];
-    macro_rules! one {
-        (w18_a_broker_that_is_down_at_the_start_is_told) => {
-            common::check!(
-                w18_a_broker_that_is_down_at_the_start_is_told,
-                open "a queue made right before the server is killed cannot be attached to after: see CONTRIBUTING.md"
-            );
-        };
-        ($name:ident) => {
-            common::check!($name);
-        };
-    }
     for_each_case!(tests);
 }

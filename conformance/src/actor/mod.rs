@@ -8,14 +8,13 @@ mod points;
 mod process;
 mod watched;
 
-use std::{path::PathBuf, process::Stdio, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
-use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
-    process::{Child, ChildStdin, ChildStdout, Command},
+    io::{AsyncBufReadExt, BufReader},
+    process::ChildStdout,
     sync::mpsc,
 };
 use wilco::{Deadlines, GuestId, Incarnation, ProvisionOutcome, SendPolicy, State};
@@ -23,7 +22,10 @@ use wilco::{Deadlines, GuestId, Incarnation, ProvisionOutcome, SendPolicy, State
 pub use points::{How, Side, Stop};
 pub use process::run;
 
-use crate::{check::CheckError, harness::Unavailable};
+use crate::{
+    check::CheckError,
+    second::{self, Second},
+};
 
 /// Longer than anything takes here, a broker that is killed and started again included.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -205,8 +207,7 @@ pub enum Told {
 /// A running actor. It is killed when this is dropped.
 #[derive(Debug)]
 pub struct Actor {
-    child: Child,
-    orders: ChildStdin,
+    process: Second,
     told: mpsc::UnboundedReceiver<std::io::Result<String>>,
     /// What was told before anybody asked for it.
     heard: Vec<Told>,
@@ -222,37 +223,10 @@ impl Actor {
         before: &[&str],
         url: &str,
     ) -> Result<Self, CheckError> {
-        let program = program.ok_or_else(|| {
-            Unavailable::because("the program that plays a second process was not given")
-        })?;
-        let mut command = match before.split_first() {
-            None => Command::new(program),
-            Some((first, rest)) => {
-                let mut command = Command::new(first);
-                command.args(rest).arg(program);
-                command
-            }
-        };
-        let started = command
-            .arg("actor")
-            .env(crate::agent::URL, url)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn();
-        let lost = |what: &str| CheckError::failed("an actor starts", what);
-        let mut child = started.map_err(|error| lost(&error.to_string()))?;
-        let orders = child
-            .stdin
-            .take()
-            .ok_or_else(|| lost("no standard input"))?;
-        let told = child
-            .stdout
-            .take()
-            .ok_or_else(|| lost("no standard output"))?;
+        let program = program.map(PathBuf::as_path);
+        let (process, told) = Second::start(program, "actor", before, url)?;
         Ok(Self {
-            child,
-            orders,
+            process,
             told: listen(told),
             heard: Vec::new(),
         })
@@ -263,14 +237,7 @@ impl Actor {
     /// # Errors
     /// The process is gone.
     pub async fn order(&mut self, order: &Order) -> Result<(), CheckError> {
-        let gone =
-            |error: &dyn std::fmt::Display| CheckError::failed("an actor takes an order", error);
-        let mut line = serde_json::to_vec(order).map_err(|error| gone(&error))?;
-        line.push(b'\n');
-        self.orders
-            .write_all(&line)
-            .await
-            .map_err(|error| gone(&error))
+        self.process.order(order).await
     }
 
     /// The first thing told, from now or before, that is this; later ones stay to be asked for.
@@ -325,23 +292,15 @@ impl Actor {
         tokio::time::timeout(PATIENCE, rest)
             .await
             .map_err(|_| CheckError::failed("an actor ends", "it lives on"))??;
-        let gone = self.child.wait().await;
-        gone.map_err(|error| CheckError::failed("an actor ends", error))?;
+        self.process.gone().await?;
         Ok(std::mem::take(&mut self.heard))
     }
 
     async fn next(&mut self) -> Result<Option<Told>, CheckError> {
-        let bad =
-            |seen: &dyn std::fmt::Display| CheckError::failed("an actor tells what happens", seen);
-        let Some(line) = self.told.recv().await else {
-            return Ok(None);
-        };
-        let line = line.map_err(|error| bad(&error))?;
-        match serde_json::from_str(&line) {
-            Ok(told) => Ok(Some(told)),
-            // Killed in the middle of a line.
-            Err(error) if error.is_eof() => Ok(None),
-            Err(error) => Err(bad(&error)),
+        match self.told.recv().await {
+            None => Ok(None),
+            Some(Ok(line)) => second::read(&line),
+            Some(Err(error)) => Err(CheckError::failed("an actor tells what happens", error)),
         }
     }
 
@@ -350,8 +309,7 @@ impl Actor {
     /// # Errors
     /// It could not be killed.
     pub async fn kill(&mut self) -> Result<(), CheckError> {
-        let killed = self.child.kill().await;
-        killed.map_err(|error| CheckError::failed("an actor is killed", error))
+        self.process.kill().await
     }
 
     /// Stops it where it stands, as a machine does that is suspended.
@@ -359,7 +317,7 @@ impl Actor {
     /// # Errors
     /// It could not be.
     pub fn pause(&self) -> Result<(), CheckError> {
-        self.signal(Signal::STOP)
+        self.process.pause()
     }
 
     /// Lets it go on.
@@ -367,18 +325,7 @@ impl Actor {
     /// # Errors
     /// It could not.
     pub fn resume(&self) -> Result<(), CheckError> {
-        self.signal(Signal::CONT)
-    }
-
-    fn signal(&self, signal: Signal) -> Result<(), CheckError> {
-        let pid = self
-            .child
-            .id()
-            .and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
-        if pid.is_some_and(|pid| kill_process(pid, signal).is_ok()) {
-            return Ok(());
-        }
-        Err(CheckError::failed("a signal is sent", "it was not"))
+        self.process.resume()
     }
 }
 

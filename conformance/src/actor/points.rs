@@ -14,7 +14,8 @@ use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-use super::{Told, process::tell};
+use super::Told;
+use crate::second::tell;
 
 /// Where to stop.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

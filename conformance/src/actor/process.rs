@@ -3,7 +3,7 @@
 use std::{
     collections::HashSet,
     fs::File,
-    io::Write,
+    io::Write as _,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -21,6 +21,7 @@ use wilco::{
 };
 
 use super::{Act, GuestOrder, Order, Told, points::Points, watched::Watched};
+use crate::second::tell;
 
 /// Obeys orders from standard input until it ends. Orders that take their time are carried out beside
 /// one another.
@@ -295,14 +296,4 @@ fn failed(guest: Option<GuestId>, error: &wilco::Error) -> Result<(), String> {
         kind: name.unwrap_or_default().into(),
         error: error.to_string(),
     })
-}
-
-/// One line, out of this process before this returns: a kill right after it loses nothing.
-pub(super) fn tell(told: &Told) -> Result<(), String> {
-    let mut line = serde_json::to_vec(told).map_err(|error| error.to_string())?;
-    line.push(b'\n');
-    std::io::stdout()
-        .lock()
-        .write_all(&line)
-        .map_err(|error| error.to_string())
 }

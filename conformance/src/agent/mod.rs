@@ -4,13 +4,12 @@
 
 mod process;
 
-use std::{process::Stdio, time::Duration};
+use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
-    process::{Child, ChildStdin, ChildStdout, Command},
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::ChildStdout,
 };
 use wilco::{GuestAddress, QueueName};
 
@@ -20,14 +19,11 @@ use crate::{
     check::{CheckError, Cx},
     harness::Unavailable,
     ledger::Entry,
+    second::{self, Second},
 };
 
 /// A broker may be killed and started again between two lines.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Where an agent finds its broker's URL: not among its arguments, which everybody on the machine can
-/// read, for it may hold a password (law S4).
-pub(crate) const URL: &str = "WILCO_CONFORMANCE_AGENT_BROKER";
 
 /// What an agent is told.
 #[derive(Debug, Serialize, Deserialize)]
@@ -111,8 +107,7 @@ pub enum Told {
 /// A running agent. It is killed when this is dropped.
 #[derive(Debug)]
 pub struct Agent {
-    child: Child,
-    orders: ChildStdin,
+    process: Second,
     told: Lines<BufReader<ChildStdout>>,
 }
 
@@ -126,38 +121,16 @@ impl Agent {
         let url = facts
             .url
             .ok_or_else(|| Unavailable::because(facts.private_because))?;
-        let program = cx.options.agent.as_ref().ok_or_else(|| {
-            Unavailable::because("the program that plays a second process was not given")
-        })?;
-        let started = Command::new(program)
-            .arg("agent")
-            .env(URL, url)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn();
-        let lost = |what: &str| CheckError::failed("a second process starts", what);
-        let mut child = started.map_err(|error| lost(&error.to_string()))?;
-        let orders = child
-            .stdin
-            .take()
-            .ok_or_else(|| lost("no standard input"))?;
-        let told = child
-            .stdout
-            .take()
-            .ok_or_else(|| lost("no standard output"))?;
+        let program = cx.options.agent.as_deref();
+        let (process, told) = Second::start(program, "agent", &[], &url)?;
         let told = BufReader::new(told).lines();
-        Ok(Self {
-            child,
-            orders,
-            told,
-        })
+        Ok(Self { process, told })
     }
 
     /// The process as histories name it; 0 once it is gone.
     #[must_use]
     pub fn process(&self) -> u32 {
-        self.child.id().unwrap_or(0)
+        self.process.id()
     }
 
     /// Sends an order without waiting for what comes of it.
@@ -165,15 +138,7 @@ impl Agent {
     /// # Errors
     /// The process is gone.
     pub async fn order(&mut self, order: &Order) -> Result<(), CheckError> {
-        let gone = |error: &dyn std::fmt::Display| {
-            CheckError::failed("the second process takes an order", error)
-        };
-        let mut line = serde_json::to_vec(order).map_err(|error| gone(&error))?;
-        line.push(b'\n');
-        self.orders
-            .write_all(&line)
-            .await
-            .map_err(|error| gone(&error))
+        self.process.order(order).await
     }
 
     /// The next thing it tells; `None` when it is gone and all it told was read.
@@ -189,12 +154,7 @@ impl Agent {
             .map_err(|_| bad(&"nothing for too long"))?
             .map_err(|error| bad(&error))?;
         let Some(line) = line else { return Ok(None) };
-        match serde_json::from_str(&line) {
-            Ok(told) => Ok(Some(told)),
-            // Killed in the middle of a line.
-            Err(error) if error.is_eof() => Ok(None),
-            Err(error) => Err(bad(&error)),
-        }
+        second::read(&line)
     }
 
     async fn obey(&mut self, order: &Order) -> Result<Told, CheckError> {
@@ -280,8 +240,7 @@ impl Agent {
     /// # Errors
     /// It could not be killed.
     pub async fn kill(&mut self) -> Result<(), CheckError> {
-        let killed = self.child.kill().await;
-        killed.map_err(|error| CheckError::failed("the second process is killed", error))
+        self.process.kill().await
     }
 
     /// Stops it where it stands, as a machine does that is suspended.
@@ -289,7 +248,7 @@ impl Agent {
     /// # Errors
     /// It could not be.
     pub fn pause(&self) -> Result<(), CheckError> {
-        self.signal(Signal::STOP)
+        self.process.pause()
     }
 
     /// Lets it go on.
@@ -297,19 +256,6 @@ impl Agent {
     /// # Errors
     /// It could not.
     pub fn resume(&self) -> Result<(), CheckError> {
-        self.signal(Signal::CONT)
-    }
-
-    fn signal(&self, signal: Signal) -> Result<(), CheckError> {
-        let pid = self
-            .child
-            .id()
-            .and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
-        let sent = pid.is_some_and(|pid| kill_process(pid, signal).is_ok());
-        if sent {
-            Ok(())
-        } else {
-            Err(CheckError::failed("a signal is sent", "it was not"))
-        }
+        self.process.resume()
     }
 }

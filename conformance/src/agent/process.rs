@@ -1,6 +1,6 @@
 //! The agent's own side: what the second process does.
 
-use std::{collections::HashMap, io::Write, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::io::{AsyncBufReadExt, BufReader, stdin};
 use wilco::{
@@ -11,6 +11,7 @@ use wilco::{
 use super::{Order, Told};
 use crate::{
     ledger::{Answer, Entry, Event, How},
+    second::tell,
     support::{attach, attach_lane},
 };
 
@@ -190,14 +191,4 @@ fn history(seed: u64, event: Event) -> Result<(), String> {
     tell(&Told::History {
         entry: Entry::now(seed, event),
     })
-}
-
-/// One line, out of this process before this returns: a kill right after it loses nothing.
-fn tell(told: &Told) -> Result<(), String> {
-    let mut line = serde_json::to_vec(told).map_err(|error| error.to_string())?;
-    line.push(b'\n');
-    std::io::stdout()
-        .lock()
-        .write_all(&line)
-        .map_err(|error| error.to_string())
 }
