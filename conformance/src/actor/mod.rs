@@ -217,7 +217,7 @@ impl Actor {
     /// Starts one whose broker is at this URL.
     ///
     /// # Errors
-    /// [`Unavailable`] where the program is not known; a failure if it does not start.
+    /// [`Unavailable`](crate::harness::Unavailable) where the program is not known; a failure if it does not start.
     pub fn start(
         program: Option<&PathBuf>,
         before: &[&str],
