@@ -33,6 +33,7 @@ macro_rules! for_each_saboteur {
             refused_is_ok: publish::RefusedIsOk => p2_a_refusal_is_not_stored;
             refused_is_unknown: publish::RefusedIsUnknown => p2_a_refusal_is_not_stored;
             takes_the_id_for_the_message: publish::TakesTheIdForTheMessage => p3_a_resend_with_the_same_id_is_one_message;
+            never_forgets_an_id: publish::TakesTheIdForTheMessage => p3_an_id_is_free_when_its_message_is_gone;
             recognises_and_stores_again: publish::RecognisesAndStoresAgain => p3_a_resend_with_the_same_id_is_one_message;
             not_stored_is_stored: publish::NotStoredIsStored => p4_not_stored_never_shows_up;
             a_cut_breaks_the_next: publish::ACutBreaksTheNext => p5_a_cancelled_publish_never_harms_the_next;
