@@ -98,15 +98,21 @@ consume!(
 );
 
 consume!(
-    /// Says Ok to an ack that the broker has hardly had the time to confirm: one that a cut holds up is
-    /// lost.
-    AckIsHardlyWaitedFor {},
+    /// Where the broker does not answer at once, says Ok to an ack and lets it be.
+    AckOverACutIsOk {},
     |this, inner, queue, options, by| {
-        let inner = inner.consume(queue, options, by).await?;
-        Ok(settling(inner, |lease: Box<dyn Lease>, settlement, _| async move {
-            let hardly = Deadline::after(Duration::from_millis(20));
-            drop(lease.settle(settlement, hardly).await);
-            Ok(())
+        let (broker, queue) = (Arc::clone(inner), queue.clone());
+        let consumer = broker.consume(&queue, options, by).await?;
+        Ok(settling(consumer, move |lease: Box<dyn Lease>, settlement, by| {
+            let (broker, queue) = (Arc::clone(&broker), queue.clone());
+            async move {
+                let at_once = Deadline::after(Duration::from_millis(5));
+                if broker.status(&queue, at_once).await.is_err() {
+                    drop(lease);
+                    return Ok(());
+                }
+                lease.settle(settlement, by).await
+            }
         }))
     }
 );

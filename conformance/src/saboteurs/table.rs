@@ -92,7 +92,7 @@ macro_rules! for_each_saboteur {
             resends_under_a_new_id: faults::ResendsUnderANewId => f4_resets_and_cuts_lose_nothing;
             never_comes_back_from_a_hole: faults::NeverComesBack => f4_a_black_hole_is_noticed;
             takes_slow_for_dead: faults::TakesSlowForDead => f4_a_slow_link_is_only_slow;
-            ack_over_a_cut_is_ok: leases::AckIsHardlyWaitedFor => f4_cut_behind_every_frame_in_turn;
+            ack_over_a_cut_is_ok: leases::AckOverACutIsOk => f4_cut_behind_every_frame_in_turn;
             gives_up_at_once: faults::GivesUpAtOnce => f5_a_connect_waits_to_its_deadline;
             never_comes_back_from_an_outage: faults::NeverComesBack => f5_everybody_comes_back_after_an_outage;
             knocks_in_step: faults::KnocksInStep => f5_nobody_comes_back_in_lock_step;
