@@ -106,7 +106,7 @@ consume!(
         Ok(settling(consumer, move |lease: Box<dyn Lease>, settlement, by| {
             let (broker, queue) = (Arc::clone(&broker), queue.clone());
             async move {
-                let at_once = Deadline::after(Duration::from_millis(5));
+                let at_once = Deadline::after(Duration::from_millis(1));
                 if broker.status(&queue, at_once).await.is_err() {
                     drop(lease);
                     return Ok(());
