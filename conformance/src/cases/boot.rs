@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 use wilco::{ReasonKind, SendPolicy, Stage as Step, State};
 
-use super::stage::{Stage, boot, patient};
+use super::stage::{Stage, boot, ms, patient};
 use crate::{
     actor::{Order, Stop},
     check::{CheckResult, Cx, Evidence},
@@ -210,7 +210,7 @@ pub async fn w40_a_guest_that_reboots_while_it_waits_is_accepted(cx: &Cx) -> Che
     second.running().await?;
     let ping = Order::Ping {
         guest: guest.clone(),
-        within_ms: ms_of(LONG),
+        within_ms: ms(LONG),
     };
     let pong = control.answer(&ping, &guest).await?;
     let boot = pong.get("boot").and_then(Value::as_str);
@@ -224,8 +224,4 @@ pub async fn w40_a_guest_that_reboots_while_it_waits_is_accepted(cx: &Cx) -> Che
     stage.ran(&guest, 1)?;
     stage.clear(&[&guest]).await?;
     Ok(Evidence::of("guests rebooted", 1))
-}
-
-fn ms_of(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

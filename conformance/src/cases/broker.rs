@@ -8,7 +8,8 @@ use super::stage::{Stage, boot, patient};
 use crate::{
     actor::{Act, Actor, Order, Stop, Told},
     check::{CheckError, CheckResult, Cx, Evidence},
-    proxy::{Protocol, Proxy, Toward},
+    laws::f::proxy,
+    proxy::Toward,
     support::*,
 };
 
@@ -78,14 +79,7 @@ pub async fn w18_a_broker_that_is_down_at_the_start_is_told(cx: &Cx) -> CheckRes
 
 /// The connection is lost between publish and confirm: the same id is sent again, one effect.
 pub async fn w19_a_lost_confirm_leads_to_one_effect(cx: &Cx) -> CheckResult {
-    let faults = cx.server.faults()?;
-    let proxy = Proxy::start(
-        faults.address(),
-        Protocol::of_url(&faults.url_via(faults.address())),
-    );
-    let proxy = proxy
-        .await
-        .map_err(|error| CheckError::failed("a proxy starts", error))?;
+    let (faults, proxy) = proxy(cx).await?;
     let near = Stage::new(cx, "w19").await?;
     let far = near.by(faults.url_via(proxy.address()))?;
     let (first, guest) = (near.id("first")?, near.id("confirm")?);
@@ -275,16 +269,9 @@ pub async fn w38_a_crowd_outlives_the_broker(cx: &Cx) -> CheckResult {
 
 /// A crowd that loses its broker comes back to it: everybody, and with a bounded number of knocks.
 pub async fn w39_a_crowd_that_comes_back_is_bounded(cx: &Cx) -> CheckResult {
-    let faults = cx.server.faults()?;
+    let (faults, proxy) = proxy(cx).await?;
     // One handle a process: it is handles that knock.
     let size = cx.options.crowd.min(12);
-    let proxy = Proxy::start(
-        faults.address(),
-        Protocol::of_url(&faults.url_via(faults.address())),
-    );
-    let proxy = proxy
-        .await
-        .map_err(|error| CheckError::failed("a proxy starts", error))?;
     let near = Stage::new(cx, "w39").await?;
     let far = near.by(faults.url_via(proxy.address()))?;
     let crowd = Crowd::new(&near, size)?;

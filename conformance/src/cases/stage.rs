@@ -16,8 +16,8 @@ use crate::{
     support::*,
 };
 
-/// What `&Duration` says in milliseconds.
-fn ms(duration: Duration) -> u64 {
+/// A duration in milliseconds.
+pub(super) fn ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 

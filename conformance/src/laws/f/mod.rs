@@ -66,7 +66,7 @@ fn history(cx: &Cx) -> Arc<History> {
 }
 
 /// A proxy in front of the broker.
-async fn proxy(cx: &Cx) -> Result<(&dyn Faults, Proxy), CheckError> {
+pub(crate) async fn proxy(cx: &Cx) -> Result<(&dyn Faults, Proxy), CheckError> {
     let faults = cx.server.faults()?;
     let protocol = Protocol::of_url(&faults.url_via(faults.address()));
     let proxy = Proxy::start(faults.address(), protocol).await;
