@@ -129,12 +129,7 @@ async fn control_dies(cx: &Cx, case: &'static str, at: Stop) -> CheckResult {
         .provision(&guest, SendPolicy::PingFirst, patient())
         .await?;
     first.died().await?;
-    let mut second = stage.control().await?;
-    second
-        .provision(&guest, SendPolicy::PingFirst, patient())
-        .await?;
-    same("runs", second.succeeds(&guest).await?, 1)?;
-    stage.ran(&guest, 1)?;
+    let _second = stage.resumed(&guest, SendPolicy::PingFirst).await?;
     stage.clear(&[&guest]).await?;
     Ok(Evidence::of("taskmanagers killed", 1))
 }
@@ -169,17 +164,12 @@ pub async fn w15_a_taskmanager_killed_while_it_waits_is_resumed(cx: &Cx) -> Chec
     first.0.kill().await?;
     // It ends while nobody listens.
     machine.0.order(&Order::Open).await?;
-    let mut second = stage.control().await?;
-    second
-        .provision(&guest, SendPolicy::PingFirst, patient())
-        .await?;
-    same("runs", second.succeeds(&guest).await?, 1)?;
+    let mut second = stage.resumed(&guest, SendPolicy::PingFirst).await?;
     same(
         "when it began",
         second.record(&guest).await?.created_ms,
         began,
     )?;
-    stage.ran(&guest, 1)?;
     // One whose time is over when it is resumed is not given more.
     let late = stage.id("late")?;
     let deadlines = super::stage::boot(Duration::from_secs(2));
@@ -254,12 +244,6 @@ fn points(told: &[Told]) -> Vec<Point> {
         .collect()
 }
 
-/// A guest's last side effect: its report is confirmed, and noted.
-fn noted(told: &Told) -> Option<Told> {
-    let is = matches!(told, Told::Effect { effect, .. } if effect == "journal reported");
-    is.then(|| told.clone())
-}
-
 /// A run without a crash, to see which side effects there are.
 async fn list_points(
     stage: &Stage<'_>,
@@ -270,7 +254,7 @@ async fn list_points(
     control.provision(&guest, policy, patient()).await?;
     let mut machine = stage.guest(&guest).start().await?;
     control.succeeds(&guest).await?;
-    let last = machine.0.hear("that its report was noted", noted).await?;
+    let last = machine.reported().await?;
     control.0.kill().await?;
     machine.0.kill().await?;
     let of_control = points(&control.0.ended().await?);
@@ -369,7 +353,7 @@ pub async fn f7_a_guest_killed_at_every_side_effect(cx: &Cx) -> CheckResult {
             control
                 .provision(&guest, SendPolicy::PingFirst, patient())
                 .await?;
-            let reported = first.0.hear("that its report was noted", noted).await;
+            let reported = first.reported().await;
             if reported.is_ok() {
                 // What it does only now and then it may not have done: it has not met its stop.
                 first.0.kill().await?;

@@ -1,4 +1,4 @@
-//! The cases of the workflow, W1 to W40, and its crash points (law F7): taskmanager, guests and broker
+//! The cases of the workflow, W1 to W40 but W35 (nothing is signed yet), and its crash points (law F7): taskmanager, guests and broker
 //! as processes, killed, paused and cut off where the case says so.
 //!
 //! They hold the workflow to the guarantee on a broker that keeps the laws. Each runs on every harness

@@ -103,29 +103,25 @@ impl<'a> Stage<'a> {
         Ok(QueueName::reports(&self.control_name())?)
     }
 
-    /// A taskmanager, running. One that was killed a moment ago may still count for as long as the
-    /// backend needs to notice, so a conflict is tried again until `LONG` is over.
+    /// A taskmanager, running. One that was killed a moment ago may still count on the broker: this one
+    /// waits for that itself.
     pub(super) async fn control(&self) -> Result<Control, CheckError> {
-        let mut control = Control(self.actor(&[])?);
-        let order = self.control_order("records.db", WAIT, None);
-        let deadline = long();
-        loop {
-            control.0.order(&order).await?;
-            let started = control
-                .0
-                .hear("whether it is the taskmanager", |told| match told {
-                    Told::Ready => Some(Ok(())),
-                    Told::Failed { kind, error, .. } => Some(Err((kind.clone(), error.clone()))),
-                    _ => None,
-                });
-            match started.await? {
-                Ok(()) => return Ok(control),
-                Err((kind, _)) if kind == "Conflict" && !deadline.has_passed() => {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
-                Err((_, error)) => return Err(CheckError::failed("a taskmanager starts", error)),
-            }
-        }
+        let mut control = self.control_on("records.db", WAIT, None).await?;
+        control.ready().await?;
+        Ok(control)
+    }
+
+    /// A taskmanager that goes on with this guest, whose prepare runs once in all.
+    pub(super) async fn resumed(
+        &self,
+        guest: &GuestId,
+        policy: SendPolicy,
+    ) -> Result<Control, CheckError> {
+        let mut control = self.control().await?;
+        control.provision(guest, policy, patient()).await?;
+        same("runs", control.succeeds(guest).await?, 1)?;
+        self.ran(guest, 1)?;
+        Ok(control)
     }
 
     /// A taskmanager that nobody was before, told where to stop.
@@ -141,18 +137,14 @@ impl<'a> Stage<'a> {
         stop: Option<Stop>,
     ) -> Result<Control, CheckError> {
         let mut actor = self.actor(&[])?;
-        let order = self.control_order(records, within, stop);
-        actor.order(&order).await?;
-        Ok(Control(actor))
-    }
-
-    fn control_order(&self, records: &str, within: Duration, stop: Option<Stop>) -> Order {
-        Order::Control {
+        let order = Order::Control {
             name: self.control_name(),
             records: self.directory.path().join(records),
             within_ms: ms(within),
             stop,
-        }
+        };
+        actor.order(&order).await?;
+        Ok(Control(actor))
     }
 
     /// A guest that is to be started.
@@ -348,6 +340,15 @@ impl Machine {
             _ => None,
         };
         self.0.hear("that prepare runs", running).await
+    }
+
+    /// Waits for its last side effect: its report is confirmed, and noted.
+    pub(super) async fn reported(&mut self) -> Result<Told, CheckError> {
+        let noted = |told: &Told| {
+            let is = matches!(told, Told::Effect { effect, .. } if effect == "journal reported");
+            is.then(|| told.clone())
+        };
+        self.0.hear("that its report was noted", noted).await
     }
 
     /// Waits until it ended for this error.

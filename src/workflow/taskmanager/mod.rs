@@ -118,7 +118,8 @@ impl Taskmanager {
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] while another one is running on these records, or, for longer than a broker
-    /// can take to notice the end of one, under this name on this broker (case W16); those of the records. A broker that is out of reach is no error here:
+    /// can take to notice the end of one, under this name on this broker (case W16); those of the
+    /// records. A broker that is out of reach is no error here:
     /// what needs it waits, within its deadlines.
     ///
     /// # Cancel safety
