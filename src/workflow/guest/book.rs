@@ -472,6 +472,11 @@ impl Keeper {
 
     /// Reports of ends are never dropped; of the others the newest count.
     fn queue_report(&mut self, queue: QueueName, event: ReportEvent) {
+        // One hello is as good as many, unless it is the first: that may be at the broker by now.
+        let is_hello = |event: &ReportEvent| matches!(event, ReportEvent::Hello);
+        if is_hello(&event) && self.outbox.iter().skip(1).any(|(_, event)| is_hello(event)) {
+            return;
+        }
         if self.outbox.len() >= WAITING_REPORTS {
             let ends = |event: &ReportEvent| matches!(event, ReportEvent::Done { .. });
             // The first may be on its way to the broker at this moment.

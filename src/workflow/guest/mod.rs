@@ -42,6 +42,9 @@ use crate::{
 /// How long one attempt to attach may take.
 const ATTACH_WITHIN: Duration = Duration::from_secs(10);
 
+/// How often a guest without a queue says hello: at first, and at last.
+const HELLO_EVERY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+
 /// A guest that is attached to its queue and to its lane. Answers pings from here on; commands wait in
 /// the queue until [`Guest::serve`].
 #[derive(Debug)]
@@ -280,12 +283,14 @@ impl Guest {
         // Few deliveries at once: they are run one at a time, and what is held here waits for nobody.
         let options =
             ConsumeOptions::prefetch(const { std::num::NonZeroU32::new(8).expect("not zero") });
-        let consumer = attempts(&self.book, deadline, ErrorKind::NoQueue, || {
+        let attached = attempts(&self.book, deadline, ErrorKind::NoQueue, || {
             self.broker
                 .consume(&queue, options, Deadline::after(ATTACH_WITHIN))
-        })
-        .await?;
-        self.consumer = Some(consumer);
+        });
+        self.consumer = Some(tokio::select! {
+            attached = attached => attached?,
+            error = say_hello_again(&self.book, &self.reports) => return Err(error),
+        });
         self.book.set_phase(Phase::Idle);
         self.book
             .report(self.reports.clone(), ReportEvent::Hello)
@@ -300,6 +305,18 @@ impl Guest {
                 self.address
             ),
         )
+    }
+}
+
+/// Says hello for as long as there is no queue. The answer to a hello is one question on the lane: a guest
+/// whose connection broke at that moment would never learn that it was given up (case W25).
+async fn say_hello_again(book: &Book, reports: &QueueName) -> Error {
+    let mut backoff = Backoff::new(HELLO_EVERY.0, HELLO_EVERY.1);
+    loop {
+        backoff.pause().await;
+        if let Err(error) = book.report(reports.clone(), ReportEvent::Hello).await {
+            return error;
+        }
     }
 }
 
