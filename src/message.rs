@@ -157,10 +157,27 @@ impl Headers {
 
 /// Where in a distributed trace a message belongs: W3C Trace Context, in the headers `traceparent` and
 /// `tracestate` that every tracing library knows.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "TraceHeaders")]
 pub struct TraceContext {
+    #[serde(rename = "traceparent")]
     parent: String,
+    #[serde(rename = "tracestate", skip_serializing_if = "Option::is_none")]
     state: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct TraceHeaders {
+    traceparent: String,
+    #[serde(default)]
+    tracestate: Option<String>,
+}
+
+impl TryFrom<TraceHeaders> for TraceContext {
+    type Error = Error;
+    fn try_from(headers: TraceHeaders) -> Result<Self> {
+        Self::new(headers.traceparent, headers.tracestate)
+    }
 }
 
 impl TraceContext {
@@ -187,6 +204,25 @@ impl TraceContext {
                 format!("{parent:?} is not a traceparent: expected 00-<32 hex>-<16 hex>-<2 hex>"),
             )),
         }
+    }
+
+    /// The beginning of a trace, sampled: for what comes with none of its own.
+    #[must_use]
+    pub fn generate() -> Self {
+        let trace = uuid::Uuid::new_v4().simple().to_string();
+        let span = uuid::Uuid::new_v4().simple().to_string();
+        // The first half of a random UUID is never all zeros: its version stands there.
+        let parent = format!("00-{trace}-{}-01", &span[..16]);
+        Self {
+            parent,
+            state: None,
+        }
+    }
+
+    /// The trace's id: 32 hexadecimal digits.
+    #[must_use]
+    pub fn trace_id(&self) -> &str {
+        &self.parent[3..35]
     }
 
     /// The value of `traceparent`.
@@ -388,6 +424,13 @@ mod tests {
         assert_eq!(message.headers.get("traceparent"), Some(parent));
         assert_eq!(message.trace(), Some(trace));
         assert_eq!(Message::new("x", "").unwrap().trace(), None);
+        assert_eq!(message.trace().unwrap().trace_id(), &parent[3..35]);
+        let (one, other) = (TraceContext::generate(), TraceContext::generate());
+        assert_ne!(one, other);
+        assert_eq!(TraceContext::new(one.parent(), None).unwrap(), one);
+        let text = serde_json::to_string(&one).unwrap();
+        assert_eq!(serde_json::from_str::<TraceContext>(&text).unwrap(), one);
+        assert!(serde_json::from_str::<TraceContext>(r#"{"traceparent":"00-"}"#).is_err());
         let zeros = format!("00-{}-b7ad6b7169203331-01", "0".repeat(32));
         for malformed in [
             "",

@@ -24,7 +24,7 @@ use serde_json::value::RawValue;
 
 use crate::{
     error::{Error, ErrorKind, Result},
-    message::{CommandId, Hidden, Message, MessageId},
+    message::{CommandId, Hidden, Message, MessageId, TraceContext},
     names::{GuestAddress, GuestId, Incarnation, QueueName},
 };
 
@@ -58,6 +58,9 @@ pub struct Command {
     pub reports: Option<QueueName>,
     /// What to do it with: any JSON value.
     pub payload: Payload,
+    /// The trace that it is part of: in the message's headers, not in its body.
+    #[serde(skip)]
+    pub trace: Option<TraceContext>,
 }
 
 impl Command {
@@ -78,7 +81,15 @@ impl Command {
             kind,
             reports,
             payload: payload.into(),
+            trace: None,
         }
+    }
+
+    /// The same command, as part of this trace.
+    #[must_use]
+    pub fn with_trace(mut self, trace: Option<TraceContext>) -> Self {
+        self.trace = trace;
+        self
     }
 
     /// Whom it is for.
@@ -93,7 +104,11 @@ impl Command {
     /// [`ErrorKind::TooLarge`] over [`MAX_BODY_BYTES`].
     pub fn to_message(&self) -> Result<Message> {
         let message = Message::new(self.kind.as_str(), encode(self)?)?;
-        Ok(message.with_id(self.command.clone()))
+        let message = message.with_id(self.command.clone());
+        match &self.trace {
+            Some(trace) => message.with_trace(trace),
+            None => Ok(message),
+        }
     }
 
     /// Reads a message's body.
@@ -101,7 +116,8 @@ impl Command {
     /// # Errors
     /// [`ErrorKind::Undecodable`], [`ErrorKind::VersionUnsupported`].
     pub fn from_message(message: &Message) -> Result<Self> {
-        let command: Self = decode(&message.body)?;
+        let mut command: Self = decode(&message.body)?;
+        command.trace = message.trace();
         if command.command != message.id {
             return Err(Error::new(
                 ErrorKind::Undecodable,

@@ -223,11 +223,15 @@ pub(super) struct Cast {
 #[command(after_help = "\
 Examples:
   wilco status
+  wilco status --watch
   wilco status vm-1 --json
   wilco status vm-1 --command 0199…")]
 pub(super) struct Status {
     /// The guest's id
     pub(super) id: Option<GuestId>,
+    /// Show the whole fleet live, on a terminal, until q is pressed
+    #[arg(long, conflicts_with = "id")]
+    pub(super) watch: bool,
     /// Ask the guest what became of this command
     #[arg(long, value_name = "COMMAND", requires = "id")]
     pub(super) command: Option<MessageId>,

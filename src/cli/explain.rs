@@ -86,6 +86,11 @@ pub(super) fn ago(ms: u64) -> Duration {
     Duration::from_millis(now_ms().saturating_sub(ms))
 }
 
+/// How long it is until then; `None` if it is past.
+pub(super) fn left(at_ms: u64) -> Option<Duration> {
+    at_ms.checked_sub(now_ms()).map(Duration::from_millis)
+}
+
 fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| {
@@ -143,7 +148,7 @@ fn waits_for(record: &Record) -> &'static str {
 }
 
 /// The deadline that ends the present state, and when: in milliseconds since 1970.
-fn until(record: &Record) -> Option<(&'static str, u64)> {
+pub(super) fn until(record: &Record) -> Option<(&'static str, u64)> {
     let after = |from: u64, span: Duration| {
         from.saturating_add(u64::try_from(span.as_millis()).unwrap_or(u64::MAX))
     };
@@ -167,11 +172,8 @@ fn until(record: &Record) -> Option<(&'static str, u64)> {
 
 fn deadline(what: &str, at_ms: u64) -> String {
     let at = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(at_ms));
-    match at_ms.checked_sub(now_ms()) {
-        Some(left) => {
-            let left = output::took(Duration::from_millis(left));
-            format!("the {what} deadline in {left}, at {at}")
-        }
+    match left(at_ms) {
+        Some(left) => format!("the {what} deadline in {}, at {at}", output::took(left)),
         None => format!(
             "the {what} deadline, which passed at {at}: no taskmanager is running on these records"
         ),

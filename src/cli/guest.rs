@@ -95,12 +95,18 @@ impl Runner {
         payload: &RawValue,
         cx: &Context,
     ) -> Result<Box<RawValue>, Failure> {
-        let env = [
+        let mut env = vec![
             ("WILCO_GUEST", self.address.guest.to_string()),
             ("WILCO_INCARNATION", self.address.incarnation.to_string()),
             ("WILCO_COMMAND", cx.command().to_string()),
             ("WILCO_ATTEMPT", cx.run().to_string()),
         ];
+        if let Some(trace) = cx.trace() {
+            env.push(("TRACEPARENT", trace.parent().to_owned()));
+            if let Some(state) = trace.state() {
+                env.push(("TRACESTATE", state.to_owned()));
+            }
+        }
         let result = program.run(payload.get().as_bytes(), &env).await;
         result.map_err(Failure::new)
     }

@@ -17,6 +17,7 @@ mod provision;
 mod queues;
 mod status;
 mod summary;
+mod watch;
 
 use std::process::ExitCode;
 

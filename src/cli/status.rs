@@ -13,6 +13,7 @@ use super::{
     place::patience,
     problem::{Exit, Outcome, Problem},
     summary::{runs, span},
+    watch,
 };
 
 pub(super) async fn run(global: &Global, args: Status, output: Output) -> Outcome {
@@ -21,6 +22,9 @@ pub(super) async fn run(global: &Global, args: Status, output: Output) -> Outcom
         return of_command(global, &Address { id, incarnation }, command, output).await;
     }
     let taskmanager = global.observe().await?;
+    if args.watch {
+        return watch::run(&taskmanager, output).await;
+    }
     let records = match &args.id {
         Some(id) => vec![needed(&taskmanager, id, global).await?],
         None => taskmanager.records().await?,
@@ -52,7 +56,7 @@ pub(super) async fn run(global: &Global, args: Status, output: Output) -> Outcom
     Ok(ExitCode::SUCCESS)
 }
 
-fn reason(record: &Record) -> String {
+pub(super) fn reason(record: &Record) -> String {
     let of_outcome = record.outcome.as_ref().and_then(|outcome| outcome.reason());
     of_outcome
         .or(record.revoking.as_ref())

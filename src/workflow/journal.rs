@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 
 use crate::{
     error::{Error, ErrorKind, Result},
-    message::{CommandId, MessageId},
+    message::{CommandId, MessageId, TraceContext},
     names::{GuestAddress, QueueName},
     wire::{Command, CommandResult, CommandState, PREPARE, Payload, Receipt},
 };
@@ -57,6 +57,9 @@ pub struct Entry {
     pub payload: Payload,
     /// Where to report.
     pub reports: Option<QueueName>,
+    /// The trace that it is part of.
+    #[serde(default)]
+    pub trace: Option<TraceContext>,
     /// How far it is.
     pub state: EntryState,
     /// How often its handler was started.
@@ -90,6 +93,7 @@ impl Entry {
             kind: command.kind.clone(),
             payload: command.payload.clone(),
             reports: command.reports.clone(),
+            trace: command.trace.clone(),
             state: EntryState::Accepted,
             runs: 0,
             checkpoint: None,
@@ -105,6 +109,7 @@ impl Entry {
             kind: MessageId::new("unknown").unwrap_or_else(|_| MessageId::generate()),
             payload: RawValue::NULL.to_owned().into(),
             reports: None,
+            trace: None,
             state: EntryState::Withdrawn,
             runs: 0,
             checkpoint: None,

@@ -5,6 +5,7 @@ mod ask;
 mod guest;
 mod journal;
 mod machine;
+mod meter;
 #[cfg(test)]
 mod model;
 mod record;
@@ -33,5 +34,5 @@ pub use self::{
         Trouble,
     },
     records::{MemoryRecords, Records},
-    taskmanager::{Cancelled, GuestHandle, HostProbe, HostState, Provision, Taskmanager},
+    taskmanager::{Cancelled, GuestHandle, Health, HostProbe, HostState, Provision, Taskmanager},
 };

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     error::ErrorKind,
-    message::CommandId,
+    message::{CommandId, TraceContext},
     names::GuestAddress,
     wire::{BootId, PREPARE, Payload, RemoteError},
 };
@@ -25,6 +25,9 @@ pub struct Record {
     pub command: CommandId,
     /// What prepare is to do: any JSON value.
     pub payload: Payload,
+    /// The trace that it is part of, at both ends.
+    #[serde(default)]
+    pub trace: Option<TraceContext>,
     /// When prepare is sent.
     pub policy: SendPolicy,
     /// How long each stage may take.
@@ -72,6 +75,7 @@ impl Record {
             address,
             command: CommandId::generate(),
             payload,
+            trace: None,
             policy,
             deadlines,
             state: State::Planned,

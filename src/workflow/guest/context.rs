@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use crate::{
     error::Result,
-    message::CommandId,
+    message::{CommandId, TraceContext},
     names::GuestAddress,
     wire::{CommandResult, Payload, RemoteError, misfit, raw},
     workflow::{guest::book::Book, is_set},
@@ -19,6 +19,7 @@ pub struct Context {
     pub(super) address: GuestAddress,
     pub(super) command: CommandId,
     pub(super) run: u32,
+    pub(super) trace: Option<TraceContext>,
     pub(super) checkpoint: Option<Payload>,
     pub(super) book: Book,
     pub(super) cancelled: watch::Receiver<bool>,
@@ -41,6 +42,12 @@ impl Context {
     #[must_use]
     pub fn run(&self) -> u32 {
         self.run
+    }
+
+    /// The trace that the command is part of, as the control plane gave it.
+    #[must_use]
+    pub fn trace(&self) -> Option<&TraceContext> {
+        self.trace.as_ref()
     }
 
     /// What an earlier, interrupted run saved with [`Context::progress`].

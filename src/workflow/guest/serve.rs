@@ -7,13 +7,14 @@ use tokio::{
     task::JoinHandle,
     time::{sleep, timeout},
 };
+use tracing::Instrument as _;
 
 use crate::{
     backoff::Backoff,
     broker::{Consumer, Delivery},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
-    message::CommandId,
+    message::{CommandId, TraceContext},
     wire::{Command, CommandResult, Phase, RemoteError, ReportEvent},
     workflow::{
         guest::{
@@ -22,6 +23,7 @@ use crate::{
         },
         is_set,
         journal::Entry,
+        meter,
     },
 };
 
@@ -213,6 +215,7 @@ impl Guest {
 
     async fn receive(&mut self, delivery: Delivery) -> Result<Option<Running>> {
         let within = Deadline::after(SETTLE_WITHIN);
+        meter::delivered(delivery.attempt);
         let command = match Command::from_message(&delivery.message).and_then(|command| {
             let here = command.address() == self.address;
             here.then_some(command).ok_or_else(|| {
@@ -238,6 +241,7 @@ impl Guest {
                 return Ok(None);
             }
         };
+        meter::admitted(&admission);
         if admission.may_start(settled(delivery.ack(within).await, &id)) {
             return self.start(id).await;
         }
@@ -252,6 +256,7 @@ impl Guest {
             _ => "poison",
         };
         tracing::warn!(guest = %self.address, message = %delivery.message.id, %error, "refused");
+        meter::refused(kind);
         let message = delivery.message.id.clone();
         let reason = RemoteError::new(kind, error.to_string());
         let within = Deadline::after(SETTLE_WITHIN);
@@ -298,11 +303,20 @@ impl Guest {
             address: self.address.clone(),
             command: entry.command,
             run: entry.runs,
+            trace: entry.trace.clone(),
             checkpoint: entry.checkpoint,
             book: self.book.clone(),
             cancelled,
         };
-        async move {
+        let span = tracing::info_span!(
+            "command",
+            guest = %context.address,
+            command = %context.command,
+            kind = %entry.kind,
+            run = entry.runs,
+            trace = entry.trace.as_ref().map(TraceContext::trace_id),
+        );
+        let run = async move {
             match handler {
                 Some(handler) => handler(entry.payload, context).await,
                 None => CommandResult::Error(RemoteError::new(
@@ -310,7 +324,8 @@ impl Guest {
                     format!("this guest has no handler for {}", entry.kind),
                 )),
             }
-        }
+        };
+        run.instrument(span)
     }
 
     /// Writes down how a command ended, for as long as it takes: its outcome must not be lost.

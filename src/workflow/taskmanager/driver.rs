@@ -6,17 +6,19 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant, sleep, sleep_until, timeout},
 };
+use tracing::Instrument as _;
 
 use crate::{
     backoff::Backoff,
     broker::{Broker, QueueSpec},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
-    message::CommandId,
+    message::{CommandId, TraceContext},
     names::QueueName,
     wire::{Command, Report, ReportEvent},
     workflow::{
         machine::{self, Event, Todo},
+        meter,
         record::{ProvisionOutcome, Reason, ReasonKind, Record, Sent, State, Trouble, now_ms},
         taskmanager::{
             Cancelled, HostState, Inner, OPERATION, Progress,
@@ -95,7 +97,14 @@ impl Driver {
     }
 
     pub(super) async fn run(mut self) {
-        if let Err(error) = self.drive().await {
+        let record = &self.record;
+        let span = tracing::info_span!(
+            "provision",
+            guest = %record.address,
+            command = %record.command,
+            trace = record.trace.as_ref().map(TraceContext::trace_id),
+        );
+        if let Err(error) = self.drive().instrument(span).await {
             tracing::error!(guest = %self.record.address, %error, "provisioning stopped; it stays recorded");
             self.tell
                 .send_modify(|progress| progress.stopped = Some(Arc::new(error)));
@@ -109,12 +118,13 @@ impl Driver {
             self.learn(Event::Tick).await?;
             self.answer_cancels();
             let state = self.record.state;
+            let stage = tracing::info_span!("stage", %state);
             match machine::todo(&self.record) {
-                Todo::Declare => self.declare().await?,
-                Todo::Await => self.await_guest().await?,
-                Todo::Publish => self.publish().await?,
-                Todo::Watch => self.watch().await?,
-                Todo::Revoke => self.revoke().await?,
+                Todo::Declare => self.declare().instrument(stage).await?,
+                Todo::Await => self.await_guest().instrument(stage).await?,
+                Todo::Publish => self.publish().instrument(stage).await?,
+                Todo::Watch => self.watch().instrument(stage).await?,
+                Todo::Revoke => self.revoke().instrument(stage).await?,
                 Todo::Nothing => {
                     // However it came to its end: nothing is left of a machine that is not to go on (law
                     // Q7). Not before: one that goes on to its outcome has to live for it (case W37).
@@ -176,7 +186,8 @@ impl Driver {
             crate::MessageId::new(record.kind())?,
             Some(self.inner.reports.clone()),
             record.payload.clone(),
-        );
+        )
+        .with_trace(record.trace.clone());
         let deadline = Deadline::after(OPERATION);
         let queue = record.address.queue();
         let message = command.to_message()?;
@@ -347,6 +358,7 @@ impl Driver {
                 backoff.pause().await;
             }
             tracing::info!(guest = %next.address, state = %next.state, "provisioning");
+            meter::learnt(&self.record, &next);
             let record = Arc::new(next.clone());
             self.tell.send_modify(|progress| {
                 // What goes on after a revocation that came too late (W37) is not stuck any more.

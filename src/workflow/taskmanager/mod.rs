@@ -3,6 +3,7 @@
 pub(crate) mod answers;
 mod driver;
 mod handle;
+mod health;
 mod provision;
 mod reports;
 
@@ -21,7 +22,7 @@ use self::{
     driver::{Driver, Signal},
     reports::Collector,
 };
-pub use self::{handle::GuestHandle, provision::Provision};
+pub use self::{handle::GuestHandle, health::Health, provision::Provision};
 use crate::{
     backoff::Backoff,
     broker::{Broker, DeleteMode},
@@ -33,6 +34,7 @@ use crate::{
         ask::Asker,
         is_set,
         machine::{self, Event},
+        meter,
         record::{Record, State, now_ms},
         records::Records,
     },
@@ -82,6 +84,8 @@ struct Inner {
     drivers: Mutex<HashMap<GuestId, Driven>>,
     transitions: broadcast::Sender<Arc<Record>>,
     owner: bool,
+    /// Whether reports are being collected.
+    collecting: watch::Sender<bool>,
     /// Everything that runs for this taskmanager ends when this is true.
     closed: watch::Sender<bool>,
 }
@@ -175,6 +179,7 @@ impl Taskmanager {
             drivers: Mutex::new(HashMap::new()),
             transitions: broadcast::Sender::new(16 * 1024),
             owner,
+            collecting: watch::Sender::new(false),
             closed: watch::Sender::new(false),
         };
         let inner = Arc::new(inner);
@@ -368,11 +373,14 @@ impl Inner {
         let (inner, mut closed) = (self.clone(), self.closed.subscribe());
         let signals = driven.signals.clone();
         tokio::spawn(async move {
+            meter::driven(&record);
+            let seen = tell.subscribe();
             let driver = Driver::new(inner.clone(), record, inbox, tell);
             tokio::select! {
                 () = driver.run() => {}
                 () = is_set(&mut closed) => {}
             }
+            meter::undriven(&seen.borrow().record);
             let mut drivers = lock(&inner.drivers);
             // Its next incarnation may be driven by now.
             if drivers

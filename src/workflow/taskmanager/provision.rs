@@ -8,6 +8,7 @@ use std::{
 
 use crate::{
     error::{Error, ErrorKind, Result},
+    message::TraceContext,
     names::{GuestAddress, GuestId, Incarnation},
     wire::{self, Payload},
     workflow::{
@@ -25,6 +26,7 @@ pub struct Provision {
     payload: Result<Payload>,
     policy: SendPolicy,
     deadlines: Deadlines,
+    trace: Option<TraceContext>,
     again: bool,
 }
 
@@ -40,6 +42,7 @@ impl Provision {
             payload,
             policy: SendPolicy::default(),
             deadlines: Deadlines::default(),
+            trace: None,
             again: false,
         }
     }
@@ -77,6 +80,12 @@ impl Provision {
     /// When prepare is sent: after the guest's first pong unless told otherwise.
     pub fn policy(mut self, policy: SendPolicy) -> Self {
         self.policy = policy;
+        self
+    }
+
+    /// The trace that this is part of: a new one unless told otherwise. Spans at both ends carry its id.
+    pub fn trace(mut self, trace: TraceContext) -> Self {
+        self.trace = Some(trace);
         self
     }
 
@@ -133,6 +142,7 @@ impl Provision {
                 self.deadlines,
                 now_ms(),
             );
+            record.trace = Some(self.trace.clone().unwrap_or_else(TraceContext::generate));
             // In a task of its own: what is recorded is driven, whether or not the caller is still here.
             let recording = {
                 let inner = inner.clone();

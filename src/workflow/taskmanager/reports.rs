@@ -12,7 +12,7 @@ use crate::{
     names::GuestAddress,
     wire::{Report, ReportEvent},
     workflow::{
-        is_set,
+        is_set, meter,
         record::Record,
         taskmanager::{Inner, OPERATION, driver::Signal, may_serve},
     },
@@ -78,6 +78,7 @@ impl Collector {
         let prefetch = const { std::num::NonZeroU32::new(256).expect("not zero") };
         let options = ConsumeOptions::prefetch(prefetch);
         self.consumer = Some(broker.consume(queue, options, deadline).await?);
+        self.inner.collecting.send_replace(true);
         Ok(())
     }
 
@@ -100,10 +101,12 @@ impl Collector {
                 Err(error) => {
                     tracing::warn!(%error, "reports cannot be collected for now");
                     self.consumer = None;
+                    self.inner.collecting.send_replace(false);
                     backoff.pause().await;
                 }
             }
         }
+        self.inner.collecting.send_replace(false);
         if let Some(consumer) = self.consumer.take() {
             // What is unsettled goes back either way.
             let _ = consumer.close(Deadline::after(OPERATION)).await;
@@ -134,6 +137,7 @@ impl Inner {
                 return;
             }
         };
+        meter::reported(&report.event);
         if let Some(driven) = self.driven(&report.guest)
             && driven.progress.borrow().record.address == report.address()
         {
