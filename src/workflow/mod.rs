@@ -33,5 +33,5 @@ pub use self::{
         Trouble,
     },
     records::{MemoryRecords, Records},
-    taskmanager::{Cancelled, GuestHandle, HostProbe, HostState, Provision, Taskmanager},
+    taskmanager::{Cancelled, GuestHandle, HostProbe, HostState, Opening, Provision, Taskmanager},
 };
