@@ -68,6 +68,8 @@ pub enum ErrorKind {
     },
     /// The guest has not finished its prepare, and the command has to wait for that.
     NotPrepared,
+    /// The guest takes commands and questions only from those whose keys it trusts (law S5).
+    NotTrusted,
     /// This guest, or this incarnation of it, was given up.
     Revoked,
     /// The broker cannot be reached.

@@ -7,6 +7,8 @@
 //! - backends: `embedded` on SQLite, `rabbitmq`, `nats` (JetStream) and `redis` (Streams);
 //! - workflow: [`Taskmanager`] with its [`Records`], [`Guest`] with its [`Journal`], and the [`wire`] form
 //!   that they speak.
+//!
+//! With the feature `sign` a guest can run only what its control plane has signed: module `sign` says how.
 
 mod backends;
 mod backoff;
@@ -20,6 +22,11 @@ mod endpoint;
 mod error;
 pub mod message;
 pub mod names;
+#[cfg(feature = "sign")]
+pub mod sign;
+#[cfg(not(feature = "sign"))]
+#[path = "unsigned.rs"]
+mod sign;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 pub mod wire;
@@ -32,5 +39,7 @@ pub use deadline::Deadline;
 pub use error::{Error, ErrorKind, Outcome, Result};
 pub use message::{CommandId, Headers, Message, MessageId, TraceContext};
 pub use names::{GuestAddress, GuestId, Incarnation, QueueName};
+#[cfg(feature = "sign")]
+pub use sign::{KeyId, PublicKey, SigningKey, Trust};
 pub use wire::{CommandState, Phase, Pong};
 pub use workflow::*;

@@ -15,6 +15,12 @@
 //! | body | [`Command`] | [`Report`] |
 //!
 //! On a guest's lane an [`Ask`] goes there and an [`Answer`] comes back.
+//!
+//! Commands and questions can be signed, which changes nothing for readers that do not check it: a
+//! command's signature travels in the headers `wilco-key`, `wilco-issued`, `wilco-expires` and
+//! `wilco-signature`, a question's in a member `signature`. What is signed, byte for byte, is told in the module
+//! `sign`; `command-signed.json` and `ask-signed.json` hold one of each, with the key and the
+//! bytes. On RabbitMQ, headers that begin with `wilco-` travel with `wilco-h-` before their name.
 
 use std::fmt;
 
@@ -26,6 +32,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     message::{CommandId, Hidden, Message, MessageId, TraceContext},
     names::{GuestAddress, GuestId, Incarnation, QueueName},
+    sign::{AskSignature, Guard, Signer, Stamp},
 };
 
 /// The version that this release writes, and the only one that it reads.
@@ -109,6 +116,25 @@ impl Command {
             Some(trace) => message.with_trace(trace),
             None => Ok(message),
         }
+    }
+
+    /// The same, signed, if there is who signs: issued and expiring at these times, in milliseconds
+    /// since 1970.
+    pub(crate) fn to_signed(
+        &self,
+        signer: Option<&Signer>,
+        times: impl FnOnce(&Signer) -> (u64, u64),
+    ) -> Result<Message> {
+        let message = self.to_message()?;
+        match signer {
+            None => Ok(message),
+            Some(signer) => signer.sign(&self.address(), message, times(signer), VERSION),
+        }
+    }
+
+    /// Whether the message that carries it is as a trusted key signed it for the machine that it names.
+    pub(crate) fn check(&self, message: &Message, guard: &Guard) -> Result<Stamp, RemoteError> {
+        guard.check(&self.address(), message, VERSION)
     }
 
     /// Reads a message's body.
@@ -337,12 +363,15 @@ pub enum Ask {
 }
 
 /// A question as it travels, with whom it is for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct AskForm {
     wilco: u32,
     pub(crate) guest: GuestId,
     pub(crate) incarnation: Incarnation,
-    pub(crate) ask: Ask,
+    /// An [`Ask`], as the text that travels: that is what is signed.
+    ask: Payload,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    signature: Option<AskSignature>,
 }
 
 /// What comes back on a guest's lane.
@@ -367,12 +396,20 @@ struct AnswerForm {
 }
 
 impl Ask {
-    pub(crate) fn encode(self, to: &GuestAddress) -> Result<Bytes> {
+    /// As it travels: signed, if there is who signs, as issued and expiring at these times.
+    pub(crate) fn encode(
+        &self,
+        to: &GuestAddress,
+        signer: Option<&Signer>,
+        times: (u64, u64),
+    ) -> Result<Bytes> {
+        let ask = raw(self)?;
         encode(&AskForm {
             wilco: VERSION,
             guest: to.guest.clone(),
             incarnation: to.incarnation,
-            ask: self,
+            signature: signer.map(|signer| signer.sign_ask(to, ask.get(), times, VERSION)),
+            ask,
         })
     }
 }
@@ -380,6 +417,22 @@ impl Ask {
 impl AskForm {
     pub(crate) fn decode(body: &[u8]) -> Result<Self> {
         decode(body)
+    }
+
+    /// Whom it is for.
+    pub(crate) fn address(&self) -> GuestAddress {
+        GuestAddress::new(self.guest.clone(), self.incarnation)
+    }
+
+    /// Whether it is as a trusted key signed it for the machine that it names, and in time.
+    pub(crate) fn check(&self, guard: &Guard) -> Result<(), RemoteError> {
+        let signature = self.signature.as_ref();
+        guard.check_ask(&self.address(), self.ask.get(), signature, VERSION)
+    }
+
+    /// What is asked.
+    pub(crate) fn ask(&self) -> Result<Ask> {
+        serde_json::from_str(self.ask.get()).map_err(undecodable)
     }
 }
 
@@ -414,6 +467,18 @@ pub struct Pong {
     pub agent: String,
     /// The nonce of the ping.
     pub nonce: String,
+    /// How many messages and questions this start of the agent has refused: not understood, for another
+    /// machine, or not signed by whom it trusts (law S5).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub refused: u64,
+    /// How many commands have come again that it knew, and has not run again (case W11).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub repeated: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// What a guest is doing.
@@ -482,6 +547,8 @@ impl Pong {
             last_command,
             agent: concat!("wilco/", env!("CARGO_PKG_VERSION")).into(),
             nonce,
+            refused: 0,
+            repeated: 0,
         }
     }
 }
@@ -563,19 +630,20 @@ fn encode(value: &impl Serialize) -> Result<Bytes> {
     Ok(body.into())
 }
 
+fn undecodable(error: serde_json::Error) -> Error {
+    Error::new(
+        ErrorKind::Undecodable,
+        format!("not in the wire form: {error}"),
+    )
+    .with_source(error)
+}
+
 /// Reads hostile bytes (law S2): bounded in size here and in depth by the parser.
 fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
     #[derive(Deserialize)]
     struct Version {
         wilco: u32,
     }
-    let undecodable = |error: serde_json::Error| {
-        Error::new(
-            ErrorKind::Undecodable,
-            format!("not in the wire form: {error}"),
-        )
-        .with_source(error)
-    };
     if body.len() > MAX_BODY_BYTES {
         return Err(Error::new(
             ErrorKind::Undecodable,

@@ -6,7 +6,7 @@ mod common;
 
 use common::Place;
 
-const COMMANDS: [&str; 14] = [
+const COMMANDS: [&str; 15] = [
     "provision",
     "guest",
     "ping",
@@ -20,6 +20,7 @@ const COMMANDS: [&str; 14] = [
     "delete",
     "doctor",
     "bench",
+    "keys",
     "completions",
 ];
 

@@ -43,6 +43,15 @@ pub(super) struct Global {
         value_name = "PATH"
     )]
     pub(super) records: Option<PathBuf>,
+    /// Sign what is sent to guests with the key in this file (see wilco keys --help)
+    #[arg(
+        long,
+        global = true,
+        env = "WILCO_SIGN_KEY",
+        help_heading = "Everywhere",
+        value_name = "PATH"
+    )]
+    pub(super) sign_key: Option<PathBuf>,
     /// Answer in JSON, one object a line
     #[arg(long, global = true, help_heading = "Everywhere")]
     pub(super) json: bool,
@@ -63,6 +72,7 @@ pub(super) enum Command {
     Delete(Delete),
     Doctor(Doctor),
     Bench(Bench),
+    Keys(Keys),
     Completions(Completions),
 }
 
@@ -142,6 +152,9 @@ pub(super) struct GuestArgs {
     /// What to do at the start about a prepare that was running when the guest was killed
     #[arg(long, value_enum, value_name = "CHOICE", default_value = "fail")]
     pub(super) on_interrupt: OnInterrupt,
+    /// Run only what was signed by a key whose public half is in this file, one a line
+    #[arg(long, env = "WILCO_TRUST", value_name = "PATH")]
+    pub(super) trust: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -370,6 +383,38 @@ pub(super) struct Bench {
     /// How large each is, in bytes
     #[arg(long, value_name = "BYTES", default_value = "1024")]
     pub(super) bytes: usize,
+}
+
+/// Make the key that a control plane signs with, and print what its guests have to trust
+///
+/// Guests that are given --trust run only what was signed by a key whose public half is in that file.
+/// To change keys without a gap: add the new public key to the file on every guest and start its agent
+/// anew, then give the control plane the new key, and remove the old public key when what was signed
+/// with the old one is done.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  wilco keys generate signing.key > trusted.keys
+  wilco keys public signing.key
+  wilco provision fleet.jsonl --sign-key signing.key
+  wilco guest vm-1 --exec ./prepare.sh --trust trusted.keys")]
+pub(super) struct Keys {
+    #[command(subcommand)]
+    pub(super) action: KeysAction,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum KeysAction {
+    /// Make a new key in a file that only its owner can read, and print its public half
+    Generate {
+        /// The new file
+        file: PathBuf,
+    },
+    /// Print the public half of a key
+    Public {
+        /// The key's file
+        file: PathBuf,
+    },
 }
 
 /// Write a shell's completions to stdout

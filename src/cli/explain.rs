@@ -22,7 +22,10 @@ pub(super) const GLANCE: Duration = Duration::from_secs(1);
 pub(super) async fn run(global: &Global, args: Explain, output: Output) -> Outcome {
     let broker = global.connect_shared().await?;
     let records = global.needed_records().await?;
-    let taskmanager = Taskmanager::observe(broker.clone(), records).await?;
+    let taskmanager = global
+        .taskmanager(broker.clone(), records)?
+        .observing()
+        .await?;
     let record = needed(&taskmanager, &args.id, global).await?;
     let queue = queue(&*broker, &record).await;
     let (attached, ping) = ping(&taskmanager, &record).await;
@@ -243,6 +246,10 @@ fn after_failure(reason: &Reason) -> String {
         ReasonKind::ConsumerSilent => "find out why the guest's agent hung",
         ReasonKind::BrokerUnreachable | ReasonKind::AuthRefused => {
             "repair the broker (wilco doctor)"
+        }
+        ReasonKind::NotTrusted => {
+            "give the control plane a key that the guest trusts (--sign-key), or the guest the public \
+             half of this one (--trust)"
         }
         _ => "if it is still wanted",
     };

@@ -3,7 +3,9 @@
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use serde_json::{json, value::RawValue};
-use wilco::{Context, Deadline, Failure, Guest, GuestAddress, Interrupted, Served, SqliteJournal};
+use wilco::{
+    Context, Deadline, Failure, Guest, GuestAddress, Interrupted, Served, SqliteJournal, Trust,
+};
 
 use super::{
     args::{Global, GuestArgs, OnInterrupt},
@@ -28,13 +30,17 @@ pub(super) async fn run(global: &Global, args: GuestArgs, output: Output) -> Out
     let journal = SqliteJournal::open(&path).await.map_err(|error| {
         Problem::from(error).during(format_args!("cannot open the journal {}", path.display()))
     })?;
+    let trust = args.trust.as_ref().map(Trust::open).transpose()?;
     let broker = global.connect_shared_by(Deadline::after(args.wait)).await?;
 
     let events = Events { output };
     events.tell("waiting", &address, "waiting for the queue");
-    let attach = Guest::attach(Arc::clone(&broker), args.id.as_str(), journal)
+    let mut attach = Guest::attach(Arc::clone(&broker), args.id.as_str(), journal)
         .incarnation(args.incarnation)
         .wait(args.wait);
+    if let Some(trust) = trust {
+        attach = attach.trust(trust);
+    }
     let mut guest = tokio::select! {
         guest = attach => guest?,
         () = interrupted() => return Err(Problem::new(Exit::Interrupted, "stopped while waiting")),

@@ -7,6 +7,7 @@ mod doctor;
 mod explain;
 mod fleet;
 mod guest;
+mod keys;
 mod machines;
 mod output;
 mod place;
@@ -62,6 +63,7 @@ fn run(cli: Cli, output: Output) -> Outcome {
             Command::Delete(args) => status::delete(&global, args, output).await,
             Command::Doctor(args) => doctor::run(&global, args, output).await,
             Command::Bench(args) => bench::run(&global, args, output).await,
+            Command::Keys(args) => keys::run(args.action, output),
             Command::Completions(args) => {
                 let mut command = Cli::command();
                 // Not into stdout itself: clap_complete panics when a reader goes away.

@@ -4,7 +4,8 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
 use wilco::{
-    Broker, Deadline, GuestAddress, GuestId, Incarnation, MemoryRecords, SqliteRecords, Taskmanager,
+    Broker, Deadline, GuestAddress, GuestId, Incarnation, MemoryRecords, Opening, Records,
+    SigningKey, SqliteRecords, Taskmanager,
 };
 
 use super::{
@@ -109,9 +110,23 @@ impl Global {
     /// A taskmanager that only looks and asks, whoever owns the records.
     pub(super) async fn observe(&self) -> Outcome<Taskmanager> {
         let broker = self.connect_shared().await?;
-        Ok(match self.existing_records().await? {
-            Some(records) => Taskmanager::observe(broker, records).await?,
-            None => Taskmanager::observe(broker, MemoryRecords::default()).await?,
+        let opening = match self.existing_records().await? {
+            Some(records) => self.taskmanager(broker, records)?,
+            None => self.taskmanager(broker, MemoryRecords::default())?,
+        };
+        Ok(opening.observing().await?)
+    }
+
+    /// A taskmanager about to begin: one that signs, if it was given a key.
+    pub(super) fn taskmanager(
+        &self,
+        broker: Arc<dyn Broker>,
+        records: impl Records,
+    ) -> Outcome<Opening> {
+        let opening = Taskmanager::with(broker, records);
+        Ok(match &self.sign_key {
+            Some(path) => opening.sign(SigningKey::open(path)?),
+            None => opening,
         })
     }
 

@@ -50,7 +50,7 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
     let program = args.spawn.as_deref().map(Program::find).transpose()?;
     let broker = global.connect_shared().await?;
     let records = global.open_records().await?;
-    let taskmanager = Taskmanager::new(Arc::clone(&broker), records).await?;
+    let taskmanager = global.taskmanager(Arc::clone(&broker), records)?.await?;
     let machines = program
         .map(|program| Machines::new(program, &global.broker))
         .transpose()?;

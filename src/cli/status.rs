@@ -147,7 +147,7 @@ async fn as_owner<T>(
 ) -> Outcome<T> {
     let records = global.needed_records().await?;
     let broker = global.connect_shared().await?;
-    let taskmanager = Taskmanager::new(broker.clone(), records).await?;
+    let taskmanager = global.taskmanager(broker.clone(), records)?.await?;
     let done = work(&taskmanager).await;
     taskmanager.close();
     // What was done stands, however this ends.

@@ -10,14 +10,20 @@ use crate::{
     error::{Error, ErrorKind, Result},
     message::CommandId,
     names::GuestAddress,
+    sign::{REFUSALS, Signer},
     wire::{Answer, Ask, CommandState, Pong},
+    workflow::record::now_ms,
 };
+
+/// How much longer than its asker waits a question may be answered.
+const ON_THE_WAY: Duration = Duration::from_secs(30);
 
 /// The control plane's end of one guest's lane.
 #[derive(Clone, Debug)]
 pub(crate) struct Asker {
     pub(crate) broker: Arc<dyn Broker>,
     pub(crate) address: GuestAddress,
+    pub(crate) signer: Option<Arc<Signer>>,
 }
 
 impl Asker {
@@ -90,13 +96,22 @@ impl Asker {
     }
 
     async fn ask(&self, ask: Ask, within: Duration) -> Result<Answer> {
-        let body = ask.encode(&self.address)?;
+        let now_ms = now_ms();
+        let valid = within.saturating_add(ON_THE_WAY);
+        let expires_ms =
+            now_ms.saturating_add(u64::try_from(valid.as_millis()).unwrap_or(u64::MAX));
+        let signer = self.signer.as_deref();
+        let body = ask.encode(&self.address, signer, (now_ms, expires_ms))?;
         let deadline = Deadline::after(within);
         let reply = self.broker.request(&self.address, body, deadline).await?;
         match Answer::decode(&reply)? {
             Answer::Error(error) if error.kind == "wrong_incarnation" => {
                 Err(Error::new(ErrorKind::WrongIncarnation, error.message))
             }
+            Answer::Error(error) if REFUSALS.contains(&error.kind.as_str()) => Err(Error::new(
+                ErrorKind::NotTrusted,
+                format!("the guest refuses what it is asked: {}", error.message),
+            )),
             Answer::Error(error) => Err(Error::new(
                 ErrorKind::Remote {
                     kind: error.kind.clone(),

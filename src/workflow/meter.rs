@@ -15,7 +15,7 @@
 #![cfg_attr(not(feature = "metrics"), allow(unused_variables))]
 
 use super::{guest::book::Admission, record::Record};
-use crate::wire::ReportEvent;
+use crate::wire::{RemoteError, ReportEvent};
 
 /// Counts, if this build counts.
 macro_rules! count {
@@ -99,8 +99,8 @@ pub(super) fn admitted(admission: &Admission) {
 }
 
 /// A guest refuses a message.
-pub(super) fn refused(kind: &'static str) {
-    count!("wilco_refused_total", 1, "kind" => kind);
+pub(super) fn refused(reason: &RemoteError) {
+    count!("wilco_refused_total", 1, "kind" => reason.kind.clone());
 }
 
 #[cfg(feature = "metrics")]

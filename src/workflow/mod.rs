@@ -34,5 +34,7 @@ pub use self::{
         Trouble,
     },
     records::{MemoryRecords, Records},
-    taskmanager::{Cancelled, GuestHandle, Health, HostProbe, HostState, Provision, Taskmanager},
+    taskmanager::{
+        Cancelled, GuestHandle, Health, HostProbe, HostState, Opening, Provision, Taskmanager,
+    },
 };

@@ -101,6 +101,12 @@ impl Record {
         value(&self.payload) == value(payload)
     }
 
+    /// When prepare is not to be run any more, in milliseconds since 1970: it is given up by then.
+    pub(crate) fn expires_ms(&self) -> u64 {
+        let total = u64::try_from(self.deadlines.total.as_millis()).unwrap_or(u64::MAX);
+        self.created_ms.saturating_add(total)
+    }
+
     /// The command's kind.
     #[must_use]
     pub fn kind(&self) -> &'static str {
@@ -331,6 +337,7 @@ impl From<&RemoteError> for Reason {
             "version_unsupported" => ReasonKind::VersionUnsupported,
             "wrong_incarnation" => ReasonKind::WrongIncarnation,
             "conflict" => ReasonKind::Conflict,
+            kind if crate::sign::REFUSALS.contains(&kind) => ReasonKind::NotTrusted,
             _ => ReasonKind::GuestFailed,
         };
         Self::new(kind, error.message.clone())
@@ -381,6 +388,8 @@ pub enum ReasonKind {
     Conflict,
     /// The guest could not understand the command.
     Poison,
+    /// The guest does not trust who sent the command (law S5).
+    NotTrusted,
 }
 
 impl fmt::Display for ReasonKind {
@@ -399,6 +408,7 @@ impl fmt::Display for ReasonKind {
             Self::Revoked => "revoked",
             Self::Conflict => "conflict",
             Self::Poison => "not understood by the guest",
+            Self::NotTrusted => "not trusted by the guest",
         })
     }
 }
@@ -447,6 +457,7 @@ impl From<&crate::Error> for Trouble {
             ErrorKind::WrongIncarnation => ReasonKind::WrongIncarnation,
             ErrorKind::VersionUnsupported => ReasonKind::VersionUnsupported,
             ErrorKind::Conflict | ErrorKind::Mismatch { .. } => ReasonKind::Conflict,
+            ErrorKind::NotTrusted => ReasonKind::NotTrusted,
             _ => ReasonKind::BrokerUnreachable,
         };
         Self {

@@ -2,6 +2,9 @@
 //! processes that are killed are the command's tests and the suite's.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+#[cfg(feature = "sign")]
+mod signed;
+
 use std::{
     num::NonZeroU32,
     sync::{

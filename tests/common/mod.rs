@@ -55,7 +55,13 @@ impl Place {
             .args(args)
             .current_dir(self.path())
             .stdin(Stdio::null());
-        for name in ["WILCO_BROKER", "WILCO_RECORDS", "WILCO_LOG"] {
+        for name in [
+            "WILCO_BROKER",
+            "WILCO_RECORDS",
+            "WILCO_LOG",
+            "WILCO_SIGN_KEY",
+            "WILCO_TRUST",
+        ] {
             command.env_remove(name);
         }
         if let Some(broker) = &self.broker {

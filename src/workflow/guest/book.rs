@@ -47,6 +47,8 @@ struct Shared {
 pub(crate) struct Snapshot {
     pub(crate) phase: Phase,
     pub(crate) last_command: Option<LastCommand>,
+    pub(crate) refused: u64,
+    pub(crate) repeated: u64,
 }
 
 /// What to do with a command that has arrived.
@@ -170,6 +172,16 @@ impl Book {
         self.shared.lock().phase = phase;
     }
 
+    /// Something was refused, before it came to the journal.
+    pub(crate) fn count_refused(&self) {
+        self.shared.lock().refused += 1;
+    }
+
+    /// A command came again.
+    pub(crate) fn count_repeated(&self) {
+        self.shared.lock().repeated += 1;
+    }
+
     async fn ask<T>(&self, op: impl FnOnce(oneshot::Sender<Result<T>>) -> Op) -> Result<T> {
         let closed = || Error::new(ErrorKind::Closed, "the guest has ended");
         let (to, answer) = oneshot::channel();
@@ -204,6 +216,8 @@ impl Keeper {
                 snapshot: Mutex::new(Snapshot {
                     phase: Phase::WaitingForQueue,
                     last_command: loaded.last().map(last_command),
+                    refused: 0,
+                    repeated: 0,
                 }),
                 changes: watch::Sender::new(0),
                 dismissed: watch::Sender::new(false),

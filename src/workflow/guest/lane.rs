@@ -10,6 +10,7 @@ use crate::{
     error::{Error, Result},
     message::CommandId,
     names::GuestAddress,
+    sign::Guard,
     wire::{Answer, Ask, AskForm, BootId, CommandState, Pong, RemoteError},
     workflow::guest::book::Book,
 };
@@ -28,6 +29,7 @@ pub(super) struct Lane {
     pub(super) address: GuestAddress,
     pub(super) boot: BootId,
     pub(super) book: Book,
+    pub(super) guard: Option<Arc<Guard>>,
 }
 
 impl Lane {
@@ -49,6 +51,9 @@ impl Lane {
                 }
                 Ok(ask) => ask,
                 Err(error) => {
+                    // Not reported: who can ask for nothing must not fill the queue of reports either.
+                    tracing::warn!(guest = %lane.address, %error, "a question was refused");
+                    lane.book.count_refused();
                     lane.reply(request, Answer::Error(error)).await;
                     continue;
                 }
@@ -70,10 +75,13 @@ impl Lane {
     }
 
     fn read(&self, request: &Request) -> std::result::Result<Ask, RemoteError> {
-        let form = AskForm::decode(&request.body)
-            .map_err(|error| RemoteError::new("undecodable", error.to_string()))?;
-        if (&form.guest, form.incarnation) == (&self.address.guest, self.address.incarnation) {
-            Ok(form.ask)
+        let undecodable = |error: Error| RemoteError::new("undecodable", error.to_string());
+        let form = AskForm::decode(&request.body).map_err(undecodable)?;
+        if let Some(guard) = &self.guard {
+            form.check(guard)?;
+        }
+        if form.address() == self.address {
+            form.ask().map_err(undecodable)
         } else {
             Err(RemoteError::new(
                 "wrong_incarnation",
@@ -84,13 +92,15 @@ impl Lane {
 
     fn pong(&self, nonce: String) -> Pong {
         let snapshot = self.book.snapshot();
-        Pong::new(
+        let mut pong = Pong::new(
             &self.address,
             self.boot.clone(),
             snapshot.phase,
             snapshot.last_command,
             nonce,
-        )
+        );
+        (pong.refused, pong.repeated) = (snapshot.refused, snapshot.repeated);
+        pong
     }
 
     async fn answer(&self, ask: Ask) -> Result<Answer> {

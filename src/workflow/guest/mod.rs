@@ -31,10 +31,11 @@ use self::{
 };
 use crate::{
     backoff::Backoff,
-    broker::{Broker, ConsumeOptions, Consumer},
+    broker::{Broker, ConsumeOptions, Consumer, Delivery},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
     names::{GuestAddress, GuestId, Incarnation, QueueName},
+    sign::Guard,
     wire::{BootId, PREPARE, Phase, ReportEvent},
     workflow::{is_set, journal::Journal},
 };
@@ -59,6 +60,9 @@ pub struct Guest {
     _tasks: Vec<Task>,
     handlers: Handlers,
     grace: Duration,
+    guard: Option<Arc<Guard>>,
+    /// A signed command of which it cannot be said yet whether it comes in time.
+    held: Option<Delivery>,
 }
 
 impl Guest {
@@ -91,6 +95,7 @@ impl Guest {
             journal: Arc::new(journal),
             reports: QueueName::reports(crate::workflow::DEFAULT_NAME),
             wait: Duration::ZERO,
+            guard: None,
         }
     }
 
@@ -203,6 +208,7 @@ pub struct Attach {
     journal: Arc<dyn Journal>,
     reports: Result<QueueName>,
     wait: Duration,
+    guard: Option<Arc<Guard>>,
 }
 
 impl Attach {
@@ -226,6 +232,15 @@ impl Attach {
         self
     }
 
+    /// Runs and answers only what a trusted key has signed (law S5): everything else is refused, counted
+    /// in the [`Pong`](crate::Pong) and told. Module [`sign`](crate::sign) says what that holds off, and
+    /// how keys are changed.
+    #[cfg(feature = "sign")]
+    pub fn trust(mut self, trust: crate::Trust) -> Self {
+        self.guard = Some(Arc::new(Guard::new(trust)));
+        self
+    }
+
     async fn run(self) -> Result<Guest> {
         let address = GuestAddress::new(self.guest?, self.incarnation);
         let reports = self.reports?;
@@ -243,6 +258,7 @@ impl Attach {
             address: address.clone(),
             boot: boot.clone(),
             book: book.clone(),
+            guard: self.guard.clone(),
         };
         let (tell_end, lane_ended) = oneshot::channel();
         let lane = async move { _ = tell_end.send(lane.serve(responder).await) };
@@ -261,6 +277,8 @@ impl Attach {
             _tasks: vec![Task(tokio::spawn(lane)), Task(tokio::spawn(reporter.run()))],
             handlers: Handlers::default(),
             grace: Duration::from_secs(30),
+            guard: self.guard,
+            held: None,
             book,
         };
         let mut dismissed = guest.book.dismissed();

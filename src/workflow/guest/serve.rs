@@ -14,11 +14,13 @@ use crate::{
     broker::{Consumer, Delivery},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
-    message::{CommandId, TraceContext},
-    wire::{Command, CommandResult, Phase, RemoteError, ReportEvent},
+    message::{CommandId, Message, TraceContext},
+    sign::{Guard, Time, expired},
+    wire::{Command, CommandResult, CommandState, Phase, RemoteError, ReportEvent},
     workflow::{
         guest::{
             Guest, Served,
+            book::Admission,
             context::{Context, Interrupted},
         },
         is_set,
@@ -63,13 +65,15 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
             running = guest.take_up(command).await?;
             continue;
         }
-        let can_receive = running.is_none() && guest.consumer.is_some();
+        let can_receive = running.is_none() && guest.consumer.is_some() && guest.held.is_none();
+        let guard = guest.guard.clone().filter(|_| guest.held.is_some());
         let step = tokio::select! {
             biased;
             () = &mut shutdown => Step::Stop(Served::Stopped),
             () = is_set(&mut dismissed) => Step::Stop(Served::Revoked),
             ended = ended(&mut running) => Step::Ended(ended),
             lost = &mut lane_ended => Step::LaneLost(lost.ok()),
+            () = time_told(guard.as_deref()) => Step::TimeTold,
             delivery = next(&mut guest.consumer), if can_receive => Step::Received(delivery),
         };
         match step {
@@ -85,6 +89,11 @@ pub(super) async fn serve(mut guest: Guest, shutdown: impl Future<Output = ()>) 
             }
             Step::LaneLost(error) => {
                 return Err(lane_lost(error));
+            }
+            Step::TimeTold => {
+                if let Some(delivery) = guest.held.take() {
+                    running = guest.receive(delivery).await?;
+                }
             }
             Step::Received(Ok(delivery)) => running = guest.receive(delivery).await?,
             Step::Received(Err(error)) if *error.kind() == ErrorKind::QueueDeleted => {
@@ -117,7 +126,16 @@ enum Step {
     Stop(Served),
     Ended(CommandResult),
     LaneLost(Option<Error>),
+    TimeTold,
     Received(Result<Delivery>),
+}
+
+/// Waits until a guard was told the time that a held command waits for.
+async fn time_told(guard: Option<&Guard>) {
+    match guard {
+        Some(guard) => guard.time_told().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn next(consumer: &mut Option<Box<dyn Consumer>>) -> Result<Delivery> {
@@ -156,6 +174,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 /// broker lets it be, what was received goes back.
 async fn stop(mut guest: Guest, running: Option<Running>) -> Result<()> {
     guest.book.set_phase(Phase::Stopping);
+    guest.held = None;
     if let Some(running) = running {
         running.cancel.send_replace(true);
         let command = running.command.clone();
@@ -216,21 +235,21 @@ impl Guest {
     async fn receive(&mut self, delivery: Delivery) -> Result<Option<Running>> {
         let within = Deadline::after(SETTLE_WITHIN);
         meter::delivered(delivery.attempt);
-        let command = match Command::from_message(&delivery.message).and_then(|command| {
-            let here = command.address() == self.address;
-            here.then_some(command).ok_or_else(|| {
-                Error::new(
-                    ErrorKind::WrongIncarnation,
-                    "this command is for another machine",
-                )
-            })
-        }) {
-            Ok(command) => command,
-            Err(error) => {
-                self.refuse(delivery, &error).await?;
+        let (command, time) = match self.read(&delivery.message).await {
+            Ok(read) => read,
+            Err(reason) => {
+                self.refuse(delivery, reason).await?;
                 return Ok(None);
             }
         };
+        if matches!(time, Time::Unknown) {
+            tracing::warn!(
+                guest = %self.address, command = %command.command,
+                "by this machine's clock it has expired: held until the control plane tells the time"
+            );
+            self.held = Some(delivery);
+            return Ok(None);
+        }
         let id = command.command.clone();
         let admission = match self.book.accept(command).await {
             Ok(admission) => admission,
@@ -242,23 +261,55 @@ impl Guest {
             }
         };
         meter::admitted(&admission);
+        if matches!(admission, Admission::Known) {
+            self.book.count_repeated();
+        }
         if admission.may_start(settled(delivery.ack(within).await, &id)) {
             return self.start(id).await;
         }
         Ok(None)
     }
 
-    /// Case W28: nothing in this message can be run. It is kept among the dead letters, and told.
-    async fn refuse(&mut self, delivery: Delivery, error: &Error) -> Result<()> {
-        let kind = match error.kind() {
-            ErrorKind::VersionUnsupported => "version_unsupported",
-            ErrorKind::WrongIncarnation => "wrong_incarnation",
-            _ => "poison",
+    /// The command that a message carries, if it is one for this machine, by whom it trusts (law S5), and
+    /// whether it comes in time. Nothing of it was written down yet: one that is refused stands in the way
+    /// of no other of its id.
+    async fn read(&mut self, message: &Message) -> Result<(Command, Time), RemoteError> {
+        let command = Command::from_message(message).map_err(|error| {
+            let kind = match error.kind() {
+                ErrorKind::VersionUnsupported => "version_unsupported",
+                _ => "poison",
+            };
+            RemoteError::new(kind, error.to_string())
+        })?;
+        let guard = self.guard.as_deref();
+        // By whom comes before whom for: a stranger learns nothing of this machine.
+        let stamp = guard
+            .map(|guard| command.check(message, guard))
+            .transpose()?;
+        if command.address() != self.address {
+            return Err(RemoteError::new(
+                "wrong_incarnation",
+                "this command is for another machine",
+            ));
+        }
+        let (Some(guard), Some(stamp)) = (guard, stamp) else {
+            return Ok((command, Time::Valid));
         };
-        tracing::warn!(guest = %self.address, message = %delivery.message.id, %error, "refused");
-        meter::refused(kind);
+        // One that was accepted in time is known for good: its sender may ask late how it ended.
+        let known = self.book.status(command.command.clone()).await;
+        match guard.time(&stamp) {
+            _ if !matches!(known, Ok(CommandState::Unknown)) => Ok((command, Time::Valid)),
+            Time::Expired => Err(expired()),
+            time => Ok((command, time)),
+        }
+    }
+
+    /// Cases W28, W35: this message is not run. It is kept among the dead letters, counted and told.
+    async fn refuse(&mut self, delivery: Delivery, reason: RemoteError) -> Result<()> {
+        tracing::warn!(guest = %self.address, message = %delivery.message.id, %reason, "refused");
+        meter::refused(&reason);
+        self.book.count_refused();
         let message = delivery.message.id.clone();
-        let reason = RemoteError::new(kind, error.to_string());
         let within = Deadline::after(SETTLE_WITHIN);
         if settled(
             delivery.dead_letter(reason.to_string(), within).await,

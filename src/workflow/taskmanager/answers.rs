@@ -5,6 +5,7 @@ use crate::{
     error::{Error, ErrorKind, Outcome, Result},
     message::{CommandId, MessageId},
     names::{GuestAddress, Incarnation},
+    sign::REFUSALS,
     wire::{CommandState, Phase, Pong, RemoteError, Report, ReportEvent},
     workflow::{
         machine::Event,
@@ -141,9 +142,17 @@ pub(crate) fn looked(record: &Record, look: Look, answer: Result<QueueStatus>) -
 /// The dead letters were read: why prepare is among them, if it is.
 pub(crate) fn read_dead_letters(look: Look, answer: Result<Option<String>>) -> Option<Event> {
     match answer {
-        Ok(Some(reason)) => Some(Event::Refused(RemoteError::new("poison", reason))),
+        Ok(Some(reason)) => Some(Event::Refused(refusal(&reason))),
         Ok(None) => missing(look),
         Err(error) => Some(trouble(&error)),
+    }
+}
+
+/// What a guest wrote to a dead letter: why it refused it, or something else that made it one.
+fn refusal(reason: &str) -> RemoteError {
+    match reason.split_once(": ") {
+        Some((kind, message)) if REFUSALS.contains(&kind) => RemoteError::new(kind, message),
+        _ => RemoteError::new("poison", reason),
     }
 }
 

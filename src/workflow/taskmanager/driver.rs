@@ -13,9 +13,9 @@ use crate::{
     broker::{Broker, QueueSpec},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
-    message::{CommandId, TraceContext},
+    message::{Message, TraceContext},
     names::QueueName,
-    wire::{Command, Report, ReportEvent},
+    wire::{Command, RemoteError, Report, ReportEvent},
     workflow::{
         machine::{self, Event, Todo},
         meter,
@@ -190,8 +190,16 @@ impl Driver {
         .with_trace(record.trace.clone());
         let deadline = Deadline::after(OPERATION);
         let queue = record.address.queue();
-        let message = command.to_message()?;
+        // Valid until this is given up, however late its machine comes; and the same at every re-send.
+        let times = (record.created_ms, record.expires_ms());
+        let message = command.to_signed(self.inner.signer.as_deref(), |_| times)?;
+        let first = record.copies <= 1;
         let answer = self.inner.broker.publish(&queue, message, deadline).await;
+        if first && answer.as_ref().is_ok_and(|receipt| receipt.duplicate) {
+            // Not ours, or a copy that a killed predecessor sent. A guest that trusts keys refuses what is
+            // not ours, and prepare is sent again when it is not found (case W35).
+            tracing::warn!(guest = %self.record.address, "the broker has a message of prepare's id already");
+        }
         for event in answers::published(answer) {
             self.take_in(event).await?;
         }
@@ -228,7 +236,8 @@ impl Driver {
             Looked::Learnt(event) => self.take_in(event).await,
             Looked::MayBeDead => {
                 let broker = self.inner.broker.as_ref();
-                let reason = why_dead(broker, &queue, &self.record.command, deadline).await;
+                let ours = |letter: &Message| self.inner.is_prepare(&self.record, letter);
+                let reason = why_dead(broker, &queue, ours, deadline).await;
                 match answers::read_dead_letters(look, reason) {
                     Some(event) => self.take_in(event).await,
                     None => Ok(()),
@@ -319,8 +328,12 @@ impl Driver {
                     // It is up: whatever is waited for can be tried at once.
                     self.backoff = fast_backoff();
                 }
-                if let Some(event) = answers::reported(&self.record, report) {
-                    self.learn(event).await?;
+                match answers::reported(&self.record, report) {
+                    Some(Event::Refused(reason)) if self.inner.signer.is_some() => {
+                        self.refused(reason).await?;
+                    }
+                    Some(event) => self.learn(event).await?,
+                    None => {}
                 }
                 let settled = delivery.ack(Deadline::after(OPERATION)).await;
                 if let Err(error) = settled {
@@ -329,6 +342,24 @@ impl Driver {
                 Ok(())
             }
         }
+    }
+
+    /// The guest has refused a message of prepare's id: it has failed if that was ours, and it is told
+    /// if it was not (case W35). The true one is looked for, and sent again where it is not found.
+    async fn refused(&mut self, reason: RemoteError) -> Result<()> {
+        let (broker, queue) = (self.inner.broker.as_ref(), self.record.address.queue());
+        let ours = |letter: &Message| self.inner.is_prepare(&self.record, letter);
+        let deadline = Deadline::after(OPERATION);
+        let event = match why_dead(broker, &queue, ours, deadline).await {
+            Ok(Some(_)) => Event::Refused(reason),
+            _ => {
+                let detail =
+                    format!("it refused a message of prepare's id that is not ours: {reason}");
+                let kind = ReasonKind::NotTrusted;
+                Event::Trouble(Trouble { kind, detail })
+            }
+        };
+        self.learn(event).await
     }
 
     /// Takes in an event; returns when what it changed is on disk.
@@ -396,7 +427,7 @@ fn fast_backoff() -> Backoff {
 async fn why_dead(
     broker: &dyn Broker,
     queue: &QueueName,
-    command: &CommandId,
+    is_wanted: impl Fn(&Message) -> bool,
     deadline: Deadline,
 ) -> Result<Option<String>> {
     let page = const { std::num::NonZeroU32::new(100).expect("not zero") };
@@ -410,7 +441,7 @@ async fn why_dead(
         };
         let found = letters
             .into_iter()
-            .find(|letter| letter.message.id == *command);
+            .find(|letter| is_wanted(&letter.message));
         if let Some(letter) = found {
             return Ok(Some(letter.reason));
         }
@@ -455,7 +486,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
     use super::*;
-    use crate::{GuestAddress, GuestId, Message, broker::ConsumeOptions};
+    use crate::{CommandId, GuestAddress, GuestId, broker::ConsumeOptions};
 
     #[tokio::test]
     async fn w28_a_dead_prepare_is_found_behind_many_others() {
@@ -477,7 +508,8 @@ mod tests {
             bury(Message::new("other", "").unwrap(), "broken").await;
         }
         let command = CommandId::generate();
-        let look = async || why_dead(broker.as_ref(), &queue, &command, within).await;
+        let ours = |letter: &Message| letter.id == command;
+        let look = async || why_dead(broker.as_ref(), &queue, ours, within).await;
         assert_eq!(look().await.unwrap(), None);
         let prepare = Message::new("prepare", "").unwrap();
         bury(prepare.with_id(command.clone()), "version 9").await;

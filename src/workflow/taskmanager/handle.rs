@@ -16,7 +16,7 @@ use crate::{
     wire::{self, Command, CommandResult, CommandState, Payload, Pong},
     workflow::{
         ask::Asker,
-        record::State,
+        record::{State, now_ms},
         taskmanager::{OPERATION, Taskmanager, lock},
     },
 };
@@ -213,7 +213,9 @@ impl GuestHandle {
             None,
             payload,
         );
-        let message = command.to_message()?;
+        let signer = self.taskmanager.inner.signer.as_deref();
+        let now_ms = now_ms();
+        let message = command.to_signed(signer, |by| (now_ms, by.command_expires(now_ms)))?;
         let queue = asker.address.queue();
         loop {
             match asker

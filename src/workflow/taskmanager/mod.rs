@@ -4,13 +4,17 @@ pub(crate) mod answers;
 mod driver;
 mod handle;
 mod health;
+mod opening;
 mod provision;
 mod reports;
 
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -22,13 +26,14 @@ use self::{
     driver::{Driver, Signal},
     reports::Collector,
 };
-pub use self::{handle::GuestHandle, health::Health, provision::Provision};
+pub use self::{handle::GuestHandle, health::Health, opening::Opening, provision::Provision};
 use crate::{
     backoff::Backoff,
     broker::{Broker, DeleteMode},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
     names::{GuestAddress, GuestId, QueueName},
+    sign::Signer,
     wire,
     workflow::{
         ask::Asker,
@@ -80,6 +85,9 @@ struct Inner {
     broker: Arc<dyn Broker>,
     records: Arc<dyn Records>,
     reports: QueueName,
+    signer: Option<Arc<Signer>>,
+    /// What guests told that they refused.
+    refused: AtomicU64,
     probe: Mutex<Option<Arc<dyn HostProbe>>>,
     drivers: Mutex<HashMap<GuestId, Driven>>,
     transitions: broadcast::Sender<Arc<Record>>,
@@ -129,7 +137,7 @@ impl Taskmanager {
     /// # Cancel safety
     /// Dropped early, nothing is owned; what was accepted stays recorded.
     pub async fn new(broker: Arc<dyn Broker>, records: impl Records) -> Result<Self> {
-        Self::named(crate::workflow::DEFAULT_NAME, broker, records).await
+        Self::with(broker, records).await
     }
 
     /// The same, for a control plane of another name: guests are told it with
@@ -138,9 +146,27 @@ impl Taskmanager {
     /// # Errors
     /// As [`Taskmanager::new`].
     pub async fn named(name: &str, broker: Arc<dyn Broker>, records: impl Records) -> Result<Self> {
-        let reports = QueueName::reports(name)?;
-        records.own().await?;
-        let taskmanager = Self::make(broker, Arc::new(records), reports, true);
+        Self::with(broker, records).named(name).await
+    }
+
+    /// A taskmanager that is told more before it begins: await it.
+    ///
+    /// ```no_run
+    /// # #[cfg(feature = "sign")]
+    /// # async fn example() -> wilco::Result<()> {
+    /// # use wilco::{MemoryRecords, SigningKey, Taskmanager};
+    /// # let (broker, records) = (wilco::connect("memory:").await?, MemoryRecords::default());
+    /// let key = SigningKey::open("/etc/wilco/signing.key")?;
+    /// let taskmanager = Taskmanager::with(broker, records).sign(key).await?;
+    /// # Ok(()) }
+    /// ```
+    pub fn with(broker: Arc<dyn Broker>, records: impl Records) -> Opening {
+        Opening::new(broker, Arc::new(records))
+    }
+
+    async fn own(opening: Opening) -> Result<Self> {
+        opening.records.own().await?;
+        let taskmanager = Self::make(opening)?;
         let inner = &taskmanager.inner;
         let collector = Collector::attach(inner.clone()).await?;
         let resumed = inner.records.list().await?;
@@ -161,32 +187,28 @@ impl Taskmanager {
     /// # Errors
     /// None yet; it may have some.
     pub async fn observe(broker: Arc<dyn Broker>, records: impl Records) -> Result<Self> {
-        let reports = QueueName::reports(crate::workflow::DEFAULT_NAME)?;
-        Ok(Self::make(broker, Arc::new(records), reports, false))
+        Self::with(broker, records).observing().await
     }
 
-    fn make(
-        broker: Arc<dyn Broker>,
-        records: Arc<dyn Records>,
-        reports: QueueName,
-        owner: bool,
-    ) -> Self {
+    fn make(opening: Opening) -> Result<Self> {
         let inner = Inner {
-            broker,
-            records,
-            reports,
+            broker: opening.broker,
+            records: opening.records,
+            reports: opening.reports?,
+            signer: opening.signer,
+            refused: AtomicU64::new(0),
             probe: Mutex::new(None),
             drivers: Mutex::new(HashMap::new()),
             transitions: broadcast::Sender::new(16 * 1024),
-            owner,
+            owner: opening.owner,
             collecting: watch::Sender::new(false),
             closed: watch::Sender::new(false),
         };
         let inner = Arc::new(inner);
-        Self {
+        Ok(Self {
             _handles: Arc::new(CloseOnDrop(inner.clone())),
             inner,
-        }
+        })
     }
 
     /// Asks this probe about every machine whose guest is waited for, from now on.
@@ -243,6 +265,14 @@ impl Taskmanager {
     #[must_use]
     pub fn watch(&self) -> broadcast::Receiver<Arc<Record>> {
         self.inner.transitions.subscribe()
+    }
+
+    /// How many messages guests have reported as refused since this taskmanager began: not understood, for
+    /// another machine, or not signed by whom they trust (law S5). Each is logged as a warning too, and
+    /// is among the dead letters of its guest.
+    #[must_use]
+    pub fn refused(&self) -> u64 {
+        self.inner.refused.load(Ordering::Relaxed)
     }
 
     /// The broker.
@@ -486,7 +516,17 @@ impl Inner {
         Asker {
             broker: self.broker.clone(),
             address: address.clone(),
+            signer: self.signer.clone(),
         }
+    }
+
+    /// Whether a message is this record's prepare, as far as its signature tells.
+    fn is_prepare(&self, record: &Record, message: &crate::Message) -> bool {
+        message.id == record.command
+            && self
+                .signer
+                .as_ref()
+                .is_none_or(|signer| signer.is_ours(&record.address, message, wire::VERSION))
     }
 
     fn own_or_refuse(&self) -> Result<()> {

@@ -1,6 +1,10 @@
 //! Collects the guests' reports, and hands each to whoever drives its guest.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::sync::mpsc::error::TrySendError;
 
@@ -138,6 +142,11 @@ impl Inner {
             }
         };
         meter::reported(&report.event);
+        if let ReportEvent::Refused { message, reason } = &report.event {
+            let guest = report.address();
+            tracing::warn!(%guest, %message, %reason, "a guest has refused a message");
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        }
         if let Some(driven) = self.driven(&report.guest)
             && driven.progress.borrow().record.address == report.address()
         {
@@ -251,7 +260,7 @@ mod tests {
         workflow::{
             record::{Deadlines, SendPolicy, State},
             records::{MemoryRecords, Records as _},
-            taskmanager::{Driven, Progress, Taskmanager, lock},
+            taskmanager::{Driven, Opening, Progress, Taskmanager, lock},
         },
     };
 
@@ -278,7 +287,8 @@ mod tests {
         let spec = QueueSpec::new(queue.clone());
         broker.declare(&spec, within).await.unwrap();
         // It drives nothing: as one that is closing.
-        let taskmanager = Taskmanager::make(broker.clone(), Arc::new(records), queue.clone(), true);
+        let taskmanager =
+            Taskmanager::make(Opening::new(broker.clone(), Arc::new(records))).unwrap();
         let mut consumer = broker
             .consume(&queue, ConsumeOptions::default(), within)
             .await
@@ -308,7 +318,7 @@ mod tests {
         let spec = QueueSpec::new(queue.clone());
         broker.declare(&spec, within).await.unwrap();
         let records = Arc::new(MemoryRecords::default());
-        let taskmanager = Taskmanager::make(broker.clone(), records, queue.clone(), true);
+        let taskmanager = Taskmanager::make(Opening::new(broker.clone(), records)).unwrap();
         // Its driver takes nothing in, and its mailbox has room for one.
         let (signals, mut inbox) = mpsc::channel(1);
         let (_tell, progress) = watch::channel(Progress {
