@@ -35,11 +35,6 @@ pub async fn s1_a_guests_credential_is_worth_one_queue(cx: &Cx) -> CheckResult {
     let (own, other) = (guest("s1-own")?, guest("s1-other")?);
     let mut stolen = Issued::new(&*admin, &own, &reports, place.path()).await?;
     let theirs = Issued::new(&*admin, &other, &reports, place.path()).await?;
-    for address in [&own, &other] {
-        let spec = QueueSpec::new(address.queue());
-        admin.declare(&spec, long()).await?;
-    }
-
     let neighbour = theirs.connect().await?;
     let mut lane = prepare_neighbour(&*admin, &*neighbour, &other).await?;
     let (handle, consumer, responder) = work(&*admin, &stolen, &reports).await?;
@@ -115,6 +110,8 @@ impl Issued {
         reports: &QueueName,
         place: &Path,
     ) -> Result<Self, CheckError> {
+        let spec = QueueSpec::new(address.queue());
+        admin.declare(&spec, long()).await?;
         let credential = admin.issue_credential(address, reports, long()).await?;
         same("whose credential it is", &credential.address, address)?;
         expect(
