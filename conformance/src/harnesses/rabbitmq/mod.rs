@@ -3,6 +3,7 @@
 
 mod administration;
 mod node;
+mod theft;
 
 use std::{
     net::SocketAddr,
@@ -22,7 +23,7 @@ use self::{
     administration::{ask, indexed, names},
     node::Node,
 };
-use crate::harness::{Facts, Faults, Harness, Server, Unavailable, Use};
+use crate::harness::{Attempt, Facts, Faults, Harness, Server, Theft, Unavailable, Use};
 
 /// Three heartbeats of the default of two seconds, and what a loaded machine takes.
 const TAKEOVER: Duration = Duration::from_secs(7);
@@ -40,7 +41,9 @@ impl Harness for RabbitMq {
     async fn start(&self, usage: Use) -> Result<Box<dyn Server>, String> {
         static SHARED: OnceCell<Arc<Node>> = OnceCell::const_new();
         let node = match usage {
-            Use::Shared => Arc::clone(SHARED.get_or_try_init(Node::start).await?),
+            Use::Shared | Use::Credentials => {
+                Arc::clone(SHARED.get_or_try_init(Node::start).await?)
+            }
             Use::Alone | Use::Cluster => match at_rest() {
                 Some(node) => node,
                 None => Node::start().await?,
@@ -52,7 +55,7 @@ impl Harness for RabbitMq {
         // Who kills the server has waited for a queue to be on its disk, as the default has it. Elsewhere
         // new queues are not waited for: nothing breaks there.
         let options = match usage {
-            Use::Shared => "?fresh=0s",
+            Use::Shared | Use::Credentials => "?fresh=0s",
             Use::Alone | Use::Cluster => "",
         };
         Ok(Box::new(Vhost {
@@ -97,8 +100,12 @@ impl Drop for Vhost {
 
 impl Vhost {
     fn url_at(&self, address: SocketAddr) -> String {
+        let management = match self.usage {
+            Use::Credentials => format!("&management=http://127.0.0.1:{}", self.node.management),
+            _ => String::new(),
+        };
         format!(
-            "amqp://guest:guest@{address}/{}{}",
+            "amqp://guest:guest@{address}/{}{}{management}",
             self.vhost, self.options
         )
     }
@@ -166,6 +173,16 @@ impl Server for Vhost {
     fn refused_url(&self) -> Result<String, Unavailable> {
         let url = self.url_at(self.node.process.address());
         Ok(url.replacen("guest:guest", "guest:wrong", 1))
+    }
+
+    fn admin_url(&self) -> Result<String, Unavailable> {
+        Ok(self.url_at(self.node.process.address()))
+    }
+
+    async fn forbidden(&self, theft: &Theft<'_>) -> Result<Vec<Attempt>, Unavailable> {
+        theft::attempts(&self.admin_url()?, self.node.management, theft)
+            .await
+            .map_err(Unavailable::because)
     }
 
     fn faults(&self) -> Result<&dyn Faults, Unavailable> {
