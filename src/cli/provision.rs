@@ -51,6 +51,10 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
     }
     let program = args.spawn.as_deref().map(Program::find).transpose()?;
     let broker = global.connect_shared().await?;
+    if args.credentials {
+        // Before anything is recorded: a broker without them says so here.
+        broker.credentials(patience()).await?;
+    }
     let records = global.open_records().await?;
     let taskmanager = global.taskmanager(Arc::clone(&broker), records)?.await?;
     let machines = program
