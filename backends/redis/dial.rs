@@ -16,8 +16,9 @@ use super::{
     copies::{NOBODY, Wanted},
     failure::Failure,
     form::text,
+    guest::Guest,
     router::{Pushes, Router},
-    scripts,
+    scripts::{self, Calls},
     sentinel::{Sentinels, Word},
 };
 use crate::{
@@ -35,6 +36,8 @@ pub(super) struct Dialer {
     pub(super) lease: Duration,
     /// How many replicas have what is confirmed; 0: none is waited for.
     pub(super) replicas: u32,
+    /// Set where this handle has a guest's credential.
+    pub(super) guest: Option<Guest>,
 }
 
 /// How the server that takes writes is found.
@@ -68,7 +71,7 @@ impl Dialer {
     pub(super) fn of(url: &BrokerUrl) -> Result<Self> {
         let with_tls = url.scheme().starts_with("rediss");
         let by_sentinels = url.scheme().ends_with("-sentinel");
-        let mut known = vec!["lease", "replicas"];
+        let mut known = vec!["lease", "replicas", "guest", "reports"];
         if with_tls {
             known.extend(TLS_OPTIONS);
         }
@@ -110,7 +113,16 @@ impl Dialer {
             with_tls,
             lease: lease.unwrap_or(Duration::from_secs(3)),
             replicas: replicas.unwrap_or(0),
+            guest: Guest::of(url)?,
         })
+    }
+
+    /// How steps are called over its connections.
+    pub(super) fn calls(&self) -> Calls {
+        match &self.guest {
+            None => Calls::Scripts,
+            Some(_) => Calls::Functions,
+        }
     }
 
     /// A connection to the first of the addresses that answers as a master, or to the master that the
@@ -192,7 +204,6 @@ impl Dialer {
         pushes: Pushes,
         listens: bool,
     ) -> Result<(MultiplexedConnection, Option<Wanted>), Failure> {
-        let reply_channel = pushes.router.reply_channel.clone();
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.lease))
             // Each call is bound by its own deadline, and the whole by `link`: the default of 500 ms
@@ -206,15 +217,17 @@ impl Dialer {
             .map_err(|error| Failure::of(&error))?;
         // All in one round trip: a far server is slow enough without more.
         let mut setup = redis::pipe();
-        setup.cmd("ROLE");
+        if self.guest.is_none() {
+            setup.cmd("ROLE");
+        } else {
+            // It may not ask.
+            setup.cmd("PING");
+        }
         if self.replicas > 0 {
             // Whether this user may ask, and whether the server can say more.
-            setup.cmd("PUBLISH").arg(NOBODY).arg("");
+            setup.cmd("PUBLISH").arg(self.nobody()).arg("");
             setup.cmd("WAIT").arg(0).arg(1);
             setup.cmd("WAITAOF").arg(1).arg(0).arg(1);
-        }
-        if listens {
-            setup.cmd("SUBSCRIBE").arg(reply_channel);
         }
         let answers = all(&mut connection, &setup).await?;
         let mut answers = answers.into_iter();
@@ -242,8 +255,18 @@ impl Dialer {
         for answer in answers {
             answered(Ok(answer))?;
         }
-        bring_scripts(&connection, listens).await;
+        if self.guest.is_none() {
+            bring_scripts(&connection, listens).await;
+        }
         Ok((connection, copies))
+    }
+
+    /// A channel to which nobody listens: replicas are told of what is sent there all the same.
+    pub(super) fn nobody(&self) -> String {
+        match &self.guest {
+            None => NOBODY.into(),
+            Some(guest) => guest.nobody(),
+        }
     }
 }
 
@@ -387,6 +410,9 @@ mod tests {
             "redis://h/?replicas=-1",
             "redis://h/?replicas=17",
             "redis://h/?ca=x",
+            "redis://h/?guest=wilco.q.a.1",
+            "redis://h/?guest=x&reports=wilco.r.main",
+            "redis://h/?guest=wilco.q.a.1&reports=wilco.q.b.1",
             "redis://h/?cluster=true",
             "redis-sentinel://h",
             "redis-sentinel://h//3",

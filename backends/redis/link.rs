@@ -376,9 +376,14 @@ impl Keeper {
         let mut ends = self.ends.clone();
         let copier = connection.clone();
         let copy = async {
+            let nobody = self.dialer.nobody();
             let is_superseded = || self.dialer.is_superseded(&host).boxed();
             match copying {
-                Some(copying) => copying.run(copier, &self.shortage, is_superseded).await,
+                Some(copying) => {
+                    copying
+                        .run(copier, &nobody, &self.shortage, is_superseded)
+                        .await
+                }
                 None => std::future::pending().await,
             }
         };

@@ -52,6 +52,7 @@ mod dial;
 mod durability;
 mod failure;
 mod form;
+mod guest;
 mod link;
 mod publish;
 mod requests;
@@ -60,6 +61,7 @@ mod scripts;
 mod sentinel;
 mod ticket;
 mod topology;
+mod trays;
 
 use std::{num::NonZeroU32, sync::Arc};
 
