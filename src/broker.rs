@@ -11,9 +11,10 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    credential::GuestCredential,
     deadline::Deadline,
     durability::DurabilityReport,
-    error::Result,
+    error::{Error, ErrorKind, Result},
     message::{Message, MessageId},
     names::{GuestAddress, QueueName},
 };
@@ -161,10 +162,64 @@ pub trait Broker: Send + Sync + fmt::Debug + 'static {
     /// What Ok is worth here, from the broker's own configuration (laws D1, D2, D4).
     async fn durability(&self, deadline: Deadline) -> Result<DurabilityReport>;
 
+    /// Makes the credential with which this machine can do a guest's work, and nothing else on the
+    /// broker (law S1): attach to its own queue and settle what comes, answer on its own lane, and
+    /// publish to `reports`.
+    ///
+    /// Ok means that the broker takes it. Issued again, the secret is a new one, and what connected with
+    /// the old one may be cut off. It needs a connection that may administer the broker.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) with what to do instead, where the broker knows no
+    /// such thing or is not set up for it; [`AuthRefused`](crate::ErrorKind::AuthRefused) if this
+    /// connection may not.
+    ///
+    /// # Cancel safety
+    /// Dropped early, there may be one that nobody knows; issuing again or revoking is right.
+    async fn issue_credential(
+        &self,
+        _address: &GuestAddress,
+        _reports: &QueueName,
+        _deadline: Deadline,
+    ) -> Result<GuestCredential> {
+        Err(no_credentials(self.backend()))
+    }
+
+    /// Takes this machine's credential back. Ok means that nobody connects with it any more, after a
+    /// restart of the broker either, and that what was connected with it is cut off or about to be. Ok
+    /// too if there was none.
+    ///
+    /// # Errors
+    /// As [`Broker::issue_credential`].
+    ///
+    /// # Cancel safety
+    /// Dropped early, it may or may not be good; calling again is right.
+    async fn revoke_credential(&self, _address: &GuestAddress, _deadline: Deadline) -> Result<()> {
+        Err(no_credentials(self.backend()))
+    }
+
+    /// The queues whose machines have a credential, by name: what was issued and not revoked. By their
+    /// queues, since from a long id's name the id cannot be read back ([`QueueName::address`]).
+    ///
+    /// # Errors
+    /// As [`Broker::issue_credential`].
+    async fn credentials(&self, _deadline: Deadline) -> Result<Vec<QueueName>> {
+        Err(no_credentials(self.backend()))
+    }
+
     /// Ends the connection: what was accepted is finished, what is unsettled goes back (law F8), and
     /// no ack that returned Ok is lost (law C14). Everything after it fails with `Closed`. A second
     /// call does nothing.
     async fn close(&self, deadline: Deadline) -> Result<()>;
+}
+
+fn no_credentials(backend: &'static str) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        "this broker has no credentials per guest: whoever can connect can do everything; use a broker \
+         that has them for machines that others control",
+    )
+    .with_backend(backend)
 }
 
 /// The largest body of a request or its answer, in bytes: what every broker takes by default.

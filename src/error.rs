@@ -82,6 +82,8 @@ pub enum ErrorKind {
     Closed,
     /// The broker is less durable than was required, or that cannot be known (law D2).
     NotDurable,
+    /// This broker, or this configuration of it, cannot do that. Nothing was changed.
+    Unsupported,
     /// The file belongs to another program or another version of this one. It was not changed.
     ForeignFile,
     /// The operating system refused a file or a socket.

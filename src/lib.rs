@@ -2,7 +2,8 @@
 //! twice, and never run by a machine that was given up.
 //!
 //! The house, from the ground up:
-//! - vocabulary: [`names`], [`message`], [`deadline`], [`durability`], and the one [`Error`];
+//! - vocabulary: [`names`], [`message`], [`deadline`], [`durability`], [`GuestCredential`], and the one
+//!   [`Error`];
 //! - [`broker`]: the trait that every backend keeps, and [`connect`] that picks one by URL;
 //! - backends: `embedded` on SQLite, `rabbitmq`, `nats` (JetStream) and `redis` (Streams);
 //! - workflow: [`Taskmanager`] with its [`Records`], [`Guest`] with its [`Journal`], and the [`wire`] form
@@ -13,6 +14,7 @@ mod backoff;
 pub mod broker;
 mod broker_url;
 mod connect;
+mod credential;
 pub mod deadline;
 pub mod durability;
 #[cfg(feature = "network")]
@@ -28,6 +30,7 @@ mod workflow;
 pub use broker::Broker;
 pub use broker_url::BrokerUrl;
 pub use connect::{connect, connect_by};
+pub use credential::{CredentialFile, GuestCredential};
 pub use deadline::Deadline;
 pub use error::{Error, ErrorKind, Outcome, Result};
 pub use message::{CommandId, Headers, Message, MessageId, TraceContext};

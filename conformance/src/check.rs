@@ -58,6 +58,7 @@ impl Check {
             // Their processes are killed, and the broker is left alone.
             "F7" => Use::Shared,
             "F6" | "W20" => Use::Cluster,
+            "S1" => Use::Credentials,
             "W17" | "W18" | "W19" | "W33" | "W38" | "W39" => Use::Alone,
             law if law.starts_with('F') || self.name.contains("restart") => Use::Alone,
             _ => Use::Shared,

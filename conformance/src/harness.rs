@@ -4,7 +4,7 @@
 use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use wilco::{Broker, Deadline, QueueName, durability::Level};
+use wilco::{Broker, Deadline, GuestAddress, GuestCredential, QueueName, durability::Level};
 
 use crate::check::CheckError;
 
@@ -64,6 +64,9 @@ pub enum Use {
     /// It wants a broker of several nodes, to break one after the other ([`Server::cluster`]). A harness
     /// that can start one node alone starts that.
     Cluster,
+    /// It issues credentials to guests (law S1): the broker is set up for that, and handles are those of
+    /// a control plane that may. It leaves the broker's process alone.
+    Credentials,
 }
 
 /// One private broker, from its own side.
@@ -103,6 +106,29 @@ pub trait Server: Send + Sync + fmt::Debug {
         ))
     }
 
+    /// The URL of a control plane that may issue credentials to guests (law S1), on a server that was
+    /// started with [`Use::Credentials`].
+    ///
+    /// # Errors
+    /// [`Unavailable`] where there is no such thing.
+    fn admin_url(&self) -> Result<String, Unavailable> {
+        Err(Unavailable::because(
+            "whoever can reach this broker can do everything on it",
+        ))
+    }
+
+    /// Tries what a guest's credential must not allow, each on a connection of the plain client, as one
+    /// who stole it would, and says what the server answered. At least each of [`FORBIDDEN`] is tried, or
+    /// said to be no such thing on this broker. What was allowed is left as it is: it is a failure.
+    ///
+    /// # Errors
+    /// [`Unavailable`] as [`Server::admin_url`].
+    async fn forbidden(&self, _theft: &Theft<'_>) -> Result<Vec<Attempt>, Unavailable> {
+        Err(Unavailable::because(
+            "whoever can reach this broker can do everything on it",
+        ))
+    }
+
     /// The broker's process and its network, to break them (section F).
     ///
     /// # Errors
@@ -117,6 +143,104 @@ pub trait Server: Send + Sync + fmt::Debug {
         Err(Unavailable::because(
             "this harness starts a broker of one node, and the law needs several",
         ))
+    }
+}
+
+/// A guest's credential in the hands of one who stole it, and whom it must not reach.
+#[derive(Debug)]
+pub struct Theft<'a> {
+    /// Whose credential it is.
+    pub own: &'a GuestAddress,
+    /// It.
+    pub credential: &'a GuestCredential,
+    /// What connects with it: [`GuestCredential::url`], its files stored. A secret.
+    pub url: &'a str,
+    /// Another guest of the same control plane, with a queue, a message in it, a dead letter and an
+    /// attached lane.
+    pub other: &'a GuestAddress,
+    /// Where both publish their reports.
+    pub reports: &'a QueueName,
+}
+
+/// What a guest's credential must not allow: what is done, and on what.
+pub const FORBIDDEN: &[(&str, On)] = &[
+    ("read", On::OtherQueue),
+    ("write", On::OtherQueue),
+    ("declare", On::OtherQueue),
+    ("delete", On::OtherQueue),
+    ("purge", On::OtherQueue),
+    ("bind", On::OtherQueue),
+    ("read", On::OtherDeadLetters),
+    ("write", On::OtherDeadLetters),
+    ("purge", On::OtherDeadLetters),
+    ("delete", On::OtherDeadLetters),
+    ("read", On::OtherLane),
+    ("write", On::OtherLane),
+    ("answer", On::OtherLane),
+    ("declare", On::OtherLane),
+    ("delete", On::OtherLane),
+    ("write", On::OwnQueue),
+    ("declare", On::OwnQueue),
+    ("delete", On::OwnQueue),
+    ("bind", On::OwnQueue),
+    ("read", On::Reports),
+    ("delete", On::Reports),
+    ("purge", On::Reports),
+    ("declare", On::Broker),
+    ("list", On::Broker),
+    ("administer", On::Broker),
+];
+
+/// On what something is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum On {
+    /// The guest's own queue.
+    OwnQueue,
+    /// Another guest's queue.
+    OtherQueue,
+    /// Another guest's dead letters.
+    OtherDeadLetters,
+    /// Another guest's lane: its requests, and the answers to them.
+    OtherLane,
+    /// The queue of reports.
+    Reports,
+    /// The broker: queues that are nobody's, all names, users and rights.
+    Broker,
+}
+
+/// Something that was tried with a stolen credential.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// What, as [`FORBIDDEN`] names it, or of the harness's own choice.
+    pub what: &'static str,
+    /// On what.
+    pub on: On,
+    /// How: the command as it was sent.
+    pub how: String,
+    /// What the server answered.
+    pub answer: Answer,
+}
+
+/// What a server answered to one who may not.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// It refused, in these words.
+    Refused(String),
+    /// It did it, or something other than a refusal happened.
+    Allowed(String),
+    /// There is no such thing to try on this broker, for this reason.
+    NoSuchThing(&'static str),
+}
+
+impl Attempt {
+    /// Something that was tried this way.
+    pub fn new(what: &'static str, on: On, how: impl Into<String>, answer: Answer) -> Self {
+        Self {
+            what,
+            on,
+            how: how.into(),
+            answer,
+        }
     }
 }
 

@@ -80,6 +80,7 @@ macro_rules! for_each_check {
             r::r7_the_deadline_is_total, "R7", "the deadline is total";
             r::r8_errors_pass_typed_and_whole, "R8", "errors pass typed and whole";
             r::r9_pings_never_touch_the_durable_queue, "R9", "pings never touch the durable queue";
+            s::s1_a_guests_credential_is_worth_one_queue, "S1", "a guest's credential does a guest's work, and the server refuses all else";
             d::d1_the_report_is_honest, "D1", "the durability report does not exceed what the broker can be";
             d::d1_a_claim_to_outlive_a_kill_is_true, "D1", "what was confirmed outlives the kill of its publisher";
             d::d2_require_refuses_what_the_report_does_not_show, "D2", "require keeps to the verdicts";
@@ -137,7 +138,7 @@ pub fn find(name: &str) -> Option<Check> {
 /// Every law that has to have a check in this package: those that a trait and its harness can show.
 #[must_use]
 pub fn laws() -> Vec<String> {
-    let sections = [("Q", 12), ("P", 9), ("C", 14), ("R", 9), ("D", 2)];
+    let sections = [("Q", 12), ("P", 9), ("C", 14), ("R", 9), ("S", 1), ("D", 2)];
     let numbered = sections
         .into_iter()
         .flat_map(|(section, last)| (1..=last).map(move |number| format!("{section}{number}")));

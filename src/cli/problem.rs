@@ -89,6 +89,7 @@ impl From<Error> for Problem {
             ErrorKind::InvalidName
             | ErrorKind::InvalidUrl
             | ErrorKind::InvalidInput
+            | ErrorKind::Unsupported
             | ErrorKind::TooLarge { .. } => Exit::Input,
             ErrorKind::BrokerUnreachable | ErrorKind::AuthRefused | ErrorKind::BrokerRefused => {
                 Exit::Broker

@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde_json::Value;
 use wilco::{
-    Broker, Deadline, Entry, EntryState, GuestAddress, GuestId, Journal, Message, QueueName,
-    Record, Records, Result,
+    Broker, Deadline, Entry, EntryState, GuestAddress, GuestCredential, GuestId, Journal, Message,
+    QueueName, Record, Records, Result,
     broker::{
         ConsumeOptions, Consumer, DeadLetter, DeadLetterKey, Declared, DeleteMode, Delivery,
         Discarded, Lease, QueueSpec, QueueStatus, Receipt, Reply, Request, Responder, Settlement,
@@ -102,6 +102,22 @@ impl Broker for Watched<Arc<dyn Broker>> {
     }
     async fn durability(&self, by: Deadline) -> Result<DurabilityReport> {
         self.inner.durability(by).await
+    }
+    async fn issue_credential(
+        &self,
+        address: &GuestAddress,
+        reports: &QueueName,
+        by: Deadline,
+    ) -> Result<GuestCredential> {
+        let issued = self.inner.issue_credential(address, reports, by);
+        self.points.around("issue credential", issued).await
+    }
+    async fn revoke_credential(&self, address: &GuestAddress, by: Deadline) -> Result<()> {
+        let revoked = self.inner.revoke_credential(address, by);
+        self.points.around("revoke credential", revoked).await
+    }
+    async fn credentials(&self, by: Deadline) -> Result<Vec<QueueName>> {
+        self.inner.credentials(by).await
     }
     async fn close(&self, by: Deadline) -> Result<()> {
         self.inner.close(by).await

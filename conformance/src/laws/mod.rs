@@ -10,3 +10,4 @@ pub mod l;
 pub mod p;
 pub mod q;
 pub mod r;
+pub mod s;

@@ -26,7 +26,7 @@ pub use wrap::{Inner, Sabotage};
 
 use crate::{
     check::CheckError,
-    harness::{Cluster, Facts, Faults, Harness, Server, Unavailable, Use},
+    harness::{Attempt, Cluster, Facts, Faults, Harness, Server, Theft, Unavailable, Use},
 };
 
 /// One saboteur and the check that has to catch it.
@@ -112,6 +112,14 @@ impl Server for SabotagedServer {
 
     fn cluster(&self) -> Result<&dyn Cluster, Unavailable> {
         self.server.cluster()
+    }
+
+    fn admin_url(&self) -> Result<String, Unavailable> {
+        self.server.admin_url()
+    }
+
+    async fn forbidden(&self, theft: &Theft<'_>) -> Result<Vec<Attempt>, Unavailable> {
+        self.server.forbidden(theft).await
     }
 }
 

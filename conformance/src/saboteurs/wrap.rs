@@ -5,7 +5,7 @@ use std::{fmt, future::Future, net::SocketAddr, num::NonZeroU32, pin::Pin, sync:
 use async_trait::async_trait;
 use bytes::Bytes;
 use wilco::{
-    Broker, Deadline, GuestAddress, Message, QueueName, Result,
+    Broker, Deadline, GuestAddress, GuestCredential, Message, QueueName, Result,
     broker::{
         ConsumeOptions, Consumer, DeadLetter, DeadLetterKey, Declared, DeleteMode, Delivery,
         Discarded, Lease, QueueSpec, QueueStatus, Receipt, Responder, Settlement,
@@ -105,6 +105,29 @@ pub trait Sabotage: Send + Sync + fmt::Debug {
     async fn durability(&self, inner: &Inner, by: Deadline) -> Result<DurabilityReport> {
         inner.durability(by).await
     }
+    /// In place of [`Broker::issue_credential`].
+    async fn issue_credential(
+        &self,
+        inner: &Inner,
+        address: &GuestAddress,
+        reports: &QueueName,
+        by: Deadline,
+    ) -> Result<GuestCredential> {
+        inner.issue_credential(address, reports, by).await
+    }
+    /// In place of [`Broker::revoke_credential`].
+    async fn revoke_credential(
+        &self,
+        inner: &Inner,
+        address: &GuestAddress,
+        by: Deadline,
+    ) -> Result<()> {
+        inner.revoke_credential(address, by).await
+    }
+    /// In place of [`Broker::credentials`].
+    async fn credentials(&self, inner: &Inner, by: Deadline) -> Result<Vec<QueueName>> {
+        inner.credentials(by).await
+    }
     /// In place of [`Broker::close`].
     async fn close(&self, inner: &Inner, by: Deadline) -> Result<()> {
         inner.close(by).await
@@ -179,6 +202,24 @@ impl Broker for Wrapped {
     }
     async fn durability(&self, by: Deadline) -> Result<DurabilityReport> {
         self.sabotage.durability(&self.inner, by).await
+    }
+    async fn issue_credential(
+        &self,
+        address: &GuestAddress,
+        reports: &QueueName,
+        by: Deadline,
+    ) -> Result<GuestCredential> {
+        self.sabotage
+            .issue_credential(&self.inner, address, reports, by)
+            .await
+    }
+    async fn revoke_credential(&self, address: &GuestAddress, by: Deadline) -> Result<()> {
+        self.sabotage
+            .revoke_credential(&self.inner, address, by)
+            .await
+    }
+    async fn credentials(&self, by: Deadline) -> Result<Vec<QueueName>> {
+        self.sabotage.credentials(&self.inner, by).await
     }
     async fn close(&self, by: Deadline) -> Result<()> {
         self.sabotage.close(&self.inner, by).await

@@ -40,7 +40,9 @@ impl Harness for RabbitMq {
     async fn start(&self, usage: Use) -> Result<Box<dyn Server>, String> {
         static SHARED: OnceCell<Arc<Node>> = OnceCell::const_new();
         let node = match usage {
-            Use::Shared => Arc::clone(SHARED.get_or_try_init(Node::start).await?),
+            Use::Shared | Use::Credentials => {
+                Arc::clone(SHARED.get_or_try_init(Node::start).await?)
+            }
             Use::Alone | Use::Cluster => match at_rest() {
                 Some(node) => node,
                 None => Node::start().await?,
@@ -52,7 +54,7 @@ impl Harness for RabbitMq {
         // Who kills the server has waited for a queue to be on its disk, as the default has it. Elsewhere
         // new queues are not waited for: nothing breaks there.
         let options = match usage {
-            Use::Shared => "?fresh=0s",
+            Use::Shared | Use::Credentials => "?fresh=0s",
             Use::Alone | Use::Cluster => "",
         };
         Ok(Box::new(Vhost {
