@@ -38,6 +38,10 @@ pub(super) struct Dialer {
     pub(super) replicas: u32,
     /// Set where this handle has a guest's credential.
     pub(super) guest: Option<Guest>,
+    pub(super) url: BrokerUrl,
+    /// How many addresses there are, and which database.
+    pub(super) hosts: usize,
+    pub(super) database: i64,
 }
 
 /// How the server that takes writes is found.
@@ -85,7 +89,7 @@ impl Dialer {
         let replicas = url.option("replicas", "a number from 0 to 16", |text| {
             text.parse().ok().filter(|number| *number <= MOST_REPLICAS)
         })?;
-        let way = if by_sentinels {
+        let (way, database, hosts) = if by_sentinels {
             let endpoint = Endpoint::of(url, SENTINEL_PORT, with_tls)?;
             let path = endpoint.path.clone().unwrap_or_default();
             let (name, database) = path.split_once('/').unwrap_or((&path, ""));
@@ -98,7 +102,9 @@ impl Dialer {
                 ));
             }
             let database = database_of(url, Some(database).filter(|text| !text.is_empty()))?;
-            Way::Sentinels(Box::new(Sentinels::of(endpoint.clone(), name, database)?))
+            let hosts = endpoint.hosts.len();
+            let sentinels = Sentinels::of(endpoint.clone(), name, database)?;
+            (Way::Sentinels(Box::new(sentinels)), database, hosts)
         } else {
             let endpoint = Endpoint::of(url, DEFAULT_PORT, with_tls)?;
             let database = database_of(url, endpoint.path.as_deref())?;
@@ -106,7 +112,8 @@ impl Dialer {
                 .hosts
                 .iter()
                 .map(|host| Ok((host.clone(), client(&endpoint, host, database)?)));
-            Way::Addresses(clients.collect::<Result<_>>()?)
+            let way = Way::Addresses(clients.collect::<Result<_>>()?);
+            (way, database, endpoint.hosts.len())
         };
         Ok(Self {
             way,
@@ -114,6 +121,9 @@ impl Dialer {
             lease: lease.unwrap_or(Duration::from_secs(3)),
             replicas: replicas.unwrap_or(0),
             guest: Guest::of(url)?,
+            url: url.clone(),
+            hosts,
+            database,
         })
     }
 
