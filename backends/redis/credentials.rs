@@ -12,13 +12,14 @@ use super::{
     connection::Core,
     failure::Failure,
     form::text,
-    guest, scripts,
+    scripts,
     trays::{self, CREDENTIALS},
 };
 use crate::{
     credential::GuestCredential,
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
+    guest_url::{AUTHORITIES, AsGuest},
     names::{GuestAddress, QueueName},
 };
 
@@ -74,7 +75,13 @@ pub(super) async fn issue(
     kill.arg("KILL").arg("USER").arg(queue.as_str());
     core.main.call(&kill, deadline).await?;
     let is_kept = keep(core, deadline).await?;
-    let (url, authorities) = guest::url(&core.dialer.url, &queue, reports, &password)?;
+    let whose = AsGuest {
+        queue: queue.clone(),
+        reports: reports.clone(),
+    };
+    let login = Some((queue.as_str(), password.as_str()));
+    let kept = ["lease", "replicas"];
+    let (url, authorities) = whose.url(&core.dialer.url, login, &kept, &[])?;
     let mut credential = GuestCredential::new(address.clone(), url)
         .with_right(format!("receive from its own queue {queue}, and settle what it received"))
         .with_right("answer what is asked on its own lane")
@@ -90,7 +97,7 @@ pub(super) async fn issue(
             "what it stores takes the server's memory: watch for trays and dead letters that grow",
         );
     if let Some(authorities) = authorities {
-        credential = credential.with_file(guest::AUTHORITIES, authorities);
+        credential = credential.with_file(AUTHORITIES, authorities);
     }
     if !is_kept {
         credential = credential.with_exception(

@@ -16,7 +16,7 @@ use super::{
     copies::{NOBODY, Wanted},
     failure::Failure,
     form::text,
-    guest::Guest,
+    guest,
     router::{Pushes, Router},
     scripts::{self, Calls},
     sentinel::{Sentinels, Word},
@@ -25,6 +25,7 @@ use crate::{
     broker_url::BrokerUrl,
     endpoint::{Endpoint, Host, TLS_OPTIONS},
     error::{Error, ErrorKind, Result},
+    guest_url::{AsGuest, GUEST_OPTIONS},
 };
 
 /// Where the server is and how it is spoken to.
@@ -37,7 +38,7 @@ pub(super) struct Dialer {
     /// How many replicas have what is confirmed; 0: none is waited for.
     pub(super) replicas: u32,
     /// Set where this handle has a guest's credential.
-    pub(super) guest: Option<Guest>,
+    pub(super) guest: Option<AsGuest>,
     pub(super) url: BrokerUrl,
     /// How many addresses there are, and which database.
     pub(super) hosts: usize,
@@ -75,7 +76,8 @@ impl Dialer {
     pub(super) fn of(url: &BrokerUrl) -> Result<Self> {
         let with_tls = url.scheme().starts_with("rediss");
         let by_sentinels = url.scheme().ends_with("-sentinel");
-        let mut known = vec!["lease", "replicas", "guest", "reports"];
+        let mut known = vec!["lease", "replicas"];
+        known.extend(GUEST_OPTIONS);
         if with_tls {
             known.extend(TLS_OPTIONS);
         }
@@ -120,7 +122,7 @@ impl Dialer {
             with_tls,
             lease: lease.unwrap_or(Duration::from_secs(3)),
             replicas: replicas.unwrap_or(0),
-            guest: Guest::of(url)?,
+            guest: AsGuest::of(url)?,
             url: url.clone(),
             hosts,
             database,
@@ -173,7 +175,12 @@ impl Dialer {
                     });
                 }
                 Ok(Err(Failure::Broken(what))) => {
-                    failure = Failure::Broken(format!("{host}{over}: {what}"));
+                    // One that speaks no TLS waits for more of a line that never ends.
+                    let hint = match self.with_tls && what.contains("timed out") {
+                        true => "; a server that speaks no TLS at this port says nothing either",
+                        false => "",
+                    };
+                    failure = Failure::Broken(format!("{host}{over}: {what}{hint}"));
                 }
                 Ok(Err(refused)) => {
                     let auth = *refused.error().kind() == ErrorKind::AuthRefused;
@@ -275,7 +282,7 @@ impl Dialer {
     pub(super) fn nobody(&self) -> String {
         match &self.guest {
             None => NOBODY.into(),
-            Some(guest) => guest.nobody(),
+            Some(guest) => guest::nobody(guest),
         }
     }
 }

@@ -20,7 +20,7 @@ use super::{
     connection::Core,
     failure::{Failure, odd},
     form::{self, text},
-    guest::Guest,
+    guest,
     link::{Link, Live, Phase},
     no_queue,
     scripts::{self, Calls},
@@ -30,6 +30,7 @@ use crate::{
     broker::Receipt,
     deadline::Deadline,
     error::{Error, ErrorKind, Outcome, Result},
+    guest_url::AsGuest,
     message::Message,
     names::QueueName,
 };
@@ -147,7 +148,7 @@ type Flight = BoxFuture<'static, (Batch, Result<Value, Failure>, Live)>;
 /// The task that publishes, for one handle.
 pub(super) struct Publisher {
     link: Arc<Link>,
-    guest: Option<Guest>,
+    guest: Option<AsGuest>,
     inbox: mpsc::Receiver<Item>,
     closing: watch::Receiver<bool>,
     /// Who we are to the server, as long as this handle lives.
@@ -167,7 +168,7 @@ impl Publisher {
 
     pub(super) fn new(
         link: Arc<Link>,
-        guest: Option<Guest>,
+        guest: Option<AsGuest>,
         inbox: mpsc::Receiver<Item>,
         closing: watch::Receiver<bool>,
     ) -> Self {
@@ -309,7 +310,7 @@ impl Publisher {
         let mut call = match &self.guest {
             None => scripts::on_queue(&scripts::PUBLISH, &batch.queue),
             // Whoever collects the reports takes them on from there.
-            Some(guest) => Calls::Functions.on_keys(&scripts::POST, &[guest.tray()]),
+            Some(guest) => Calls::Functions.on_keys(&scripts::POST, &[guest::tray(guest)]),
         };
         call.arg("PUBLISH")
             .arg(format!("{}:{}", self.sender, batch.slot))

@@ -42,6 +42,9 @@ use crate::{
     names::QueueName,
 };
 
+/// Longer than any reply channel, the longest name of a queue in it, with its number.
+const MOST_HEAD: usize = 320;
+
 /// The most questions that wait for one responder; more are dropped, and their askers told nothing.
 const WAITING: usize = 2048;
 
@@ -204,7 +207,10 @@ pub(super) struct Asked {
 impl Asked {
     /// None: not of our form (S2).
     pub(super) fn read(lane: &str, payload: Vec<u8>) -> Option<Self> {
-        let end = payload.iter().take(128).position(|byte| *byte == b'\n')?;
+        let end = payload
+            .iter()
+            .take(MOST_HEAD)
+            .position(|byte| *byte == b'\n')?;
         if payload.len() - end - 1 > MAX_REQUEST_BYTES {
             return None;
         }
@@ -504,6 +510,10 @@ mod tests {
         let mut long = b"wilco:{q}:reply:a 1\n".to_vec();
         long.resize(long.len() + MAX_REQUEST_BYTES + 1, 0);
         assert!(Asked::read(LANE, long).is_none());
+        let queue = format!("wilco.q.{}.{}", "a".repeat(128), u64::MAX);
+        let lane = format!("wilco:{{{queue}}}:");
+        let longest = format!("{lane}reply:{} {}\nx", "0".repeat(32), u64::MAX);
+        assert!(Asked::read(&lane, longest.into()).is_some());
         let asked = Asked::read(LANE, b"wilco:{q}:reply:a 7\nx\ny".to_vec()).unwrap();
         assert_eq!((asked.number, &asked.body[..]), (7, &b"x\ny"[..]));
     }
