@@ -166,10 +166,11 @@ pub trait Broker: Send + Sync + fmt::Debug + 'static {
     /// broker (law S1): attach to its own queue and settle what comes, answer on its own lane, and
     /// publish to `reports`.
     ///
-    /// Ok means that the broker takes it. Issued again, the secret is a new one, and what connected with
+    /// Both queues are there already. Ok means that the broker takes it. Issued again, the secret is a new one, and what connected with
     /// the old one may be cut off. It needs a connection that may administer the broker.
     ///
     /// # Errors
+    /// [`NoQueue`](crate::ErrorKind::NoQueue) where the broker needs one of them and it is not there;
     /// [`Unsupported`](crate::ErrorKind::Unsupported) with what to do instead, where the broker knows no
     /// such thing or is not set up for it; [`AuthRefused`](crate::ErrorKind::AuthRefused) if this
     /// connection may not.

@@ -29,6 +29,8 @@ use crate::error::{Error, ErrorKind, Result};
 /// | `sqlite` | `sync` | `full` (the default): synced to disk before Ok, survives a power cut. `normal`, `off`: survives a kill of the process alone |
 /// | `amqp`, `amqps` | `heartbeat` | `2s` (the default), whole seconds up to `60s`: a peer that is gone is noticed after three of them at the most |
 /// | | `fresh` | `2s` (the default), whole seconds up to `60s`: declare is Ok when the new queue is this old, because a kill of the broker or a power cut would take a younger one; `0s`: it does not wait, and no power cut is claimed to be survived |
+/// | | `management` | `http://host:15672`: the management plug-in, where it is not at its usual port beside the broker; guests' credentials are made there |
+/// | | `guest` | the name of a guest's queue: this is its own credential, which [`Broker::issue_credential`](crate::Broker::issue_credential) writes |
 /// | `nats`, `tls` | `takeover` | seconds, 2 to 300 (4 is the default): how soon a consumer or a server that says nothing is given up. All that use one queue give the same |
 /// | | `replicas` | `1`, `3` or `5`: how many servers of a cluster hold each queue |
 /// | | `assume_sync_always` | `true`: you vouch for `sync_interval: always` on every server; better is the tag `sync:always`, which is read |

@@ -6,7 +6,7 @@ mod common;
 
 use common::Place;
 
-const COMMANDS: [&str; 14] = [
+const COMMANDS: [&str; 15] = [
     "provision",
     "guest",
     "ping",
@@ -18,6 +18,7 @@ const COMMANDS: [&str; 14] = [
     "dead",
     "cancel",
     "delete",
+    "credentials",
     "doctor",
     "bench",
     "completions",

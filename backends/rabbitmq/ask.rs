@@ -6,6 +6,7 @@
 //! with which a guest could write into every queue.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     sync::{
         Arc, Mutex,
@@ -22,6 +23,7 @@ use lapin::{
     types::FieldTable,
 };
 use tokio::sync::oneshot;
+use uuid::Uuid;
 
 use super::{
     connection::{Core, REPLIES},
@@ -43,13 +45,12 @@ const LAST_WORD: Duration = Duration::from_millis(100);
 /// What a look is called; whoever is attached drops it.
 pub(super) const LOOK: &str = "look";
 
-type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Bytes>>>>;
+type Waiting = Arc<Mutex<HashMap<u128, oneshot::Sender<Bytes>>>>;
 
 /// The questions of this handle that wait for their answers.
 #[derive(Debug, Default)]
 pub(super) struct Askers {
     waiting: Waiting,
-    next: AtomicU64,
     /// The connection over which answers come.
     listening: AtomicU64,
     starting: tokio::sync::Mutex<()>,
@@ -147,7 +148,7 @@ fn question(
     lane: &str,
     kind: &str,
     body: Bytes,
-    number: u64,
+    number: u128,
     deadline: Deadline,
 ) -> Letter {
     // Nobody waits for it after that, so it need not wait for anybody (law R5).
@@ -155,12 +156,19 @@ fn question(
     let properties = addressed(core, kind, expires)
         .with_reply_to(core.id.as_str().into())
         .with_correlation_id(number.to_string().into());
-    sealed(core, "", lane.into(), true, properties, body)
+    sealed(core, core.by_name(), lane.into(), true, properties, body)
 }
 
 fn look(core: &Core, lane: &str) -> Letter {
     let properties = addressed(core, LOOK, 1_000);
-    sealed(core, "", lane.into(), true, properties, Bytes::new())
+    sealed(
+        core,
+        core.by_name(),
+        lane.into(),
+        true,
+        properties,
+        Bytes::new(),
+    )
 }
 
 /// The way back to an asker.
@@ -184,7 +192,7 @@ impl Back {
     pub(super) fn answer(self, core: &Core, body: Bytes) -> Letter {
         let properties = addressed(core, "answer", 60_000).with_correlation_id(self.number.into());
         let to = format!("{}.{}", self.lane, self.asker);
-        sealed(core, REPLIES, to, false, properties, body)
+        sealed(core, REPLIES.into(), to, false, properties, body)
     }
 }
 
@@ -196,7 +204,7 @@ fn addressed(_core: &Core, kind: &str, expires: u128) -> BasicProperties {
 
 fn sealed(
     core: &Core,
-    exchange: &'static str,
+    exchange: Cow<'static, str>,
     to: String,
     mandatory: bool,
     properties: BasicProperties,
@@ -216,8 +224,10 @@ fn sealed(
 }
 
 impl Askers {
-    fn expect(&self) -> (u64, oneshot::Receiver<Bytes>) {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
+    /// A number that nobody guesses: a guest can send answers past the rights of its credential in old
+    /// versions of the broker, and must not hit a question that another guest was asked (law S1).
+    fn expect(&self) -> (u128, oneshot::Receiver<Bytes>) {
+        let number = Uuid::new_v4().as_u128();
         let (sender, receiver) = oneshot::channel();
         lock(&self.waiting).insert(number, sender);
         (number, receiver)
@@ -225,7 +235,7 @@ impl Askers {
 }
 
 /// A question that is over leaves nothing behind (law R5).
-struct Forget<'a>(&'a Core, u64);
+struct Forget<'a>(&'a Core, u128);
 
 impl Drop for Forget<'_> {
     fn drop(&mut self) {
@@ -243,7 +253,14 @@ async fn listen(core: &Core, wire: &Arc<Wire>) -> Result<(), Fault> {
     if askers.listening.load(Ordering::Acquire) == wire.generation {
         return Ok(());
     }
-    let name = format!("{REPLIES}.{}", core.id);
+    // A guest's credential lets it listen to what its own lanes answer, and to nothing else.
+    let (name, answers) = match &core.own {
+        None => (format!("{REPLIES}.{}", core.id), format!("#.{}", core.id)),
+        Some(own) => (
+            format!("{own}.ask.{}", core.id),
+            format!("{own}.#.{}", core.id),
+        ),
+    };
     let channel = try_exclusive(wire, &name)
         .await?
         .ok_or_else(|| Fault::Lost("the old connection's answers still have their queue".into()))?;
@@ -251,7 +268,7 @@ async fn listen(core: &Core, wire: &Arc<Wire>) -> Result<(), Fault> {
         .queue_bind(
             name.as_str().into(),
             REPLIES.into(),
-            format!("#.{}", core.id).into(),
+            answers.into(),
             QueueBindOptions::default(),
             FieldTable::default(),
         )
@@ -274,7 +291,7 @@ async fn listen(core: &Core, wire: &Arc<Wire>) -> Result<(), Fault> {
         while let Some(Ok(answer)) = answers.next().await {
             let number = answer.properties.correlation_id().as_ref();
             let number = number.and_then(|number| number.as_str().parse().ok());
-            let asker = number.and_then(|number: u64| lock(&waiting).remove(&number));
+            let asker = number.and_then(|number: u128| lock(&waiting).remove(&number));
             // Late and duplicate ones are dropped (law R5).
             if let Some(asker) = asker {
                 let _ = asker.send(answer.data.into());

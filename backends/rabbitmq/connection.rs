@@ -1,6 +1,7 @@
 //! A handle: its two connections, and what its parts share.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex, Weak,
@@ -17,9 +18,11 @@ use super::{
     ask::Askers,
     closed,
     consume::Holder,
+    credential::out_of,
     fault::Fault,
     link::{Link, Wire},
     lock,
+    management::Management,
     post::Outbox,
     publish::Gates,
     requests::Lane,
@@ -53,6 +56,11 @@ pub(super) const AGAIN: Duration = Duration::from_millis(4);
 pub(super) struct Core {
     /// A name that no other handle has.
     pub(super) id: String,
+    /// Whose handle it is, if it is a guest's with a credential: it has a way of its own to what it may
+    /// write (see `credential`).
+    pub(super) own: Option<QueueName>,
+    pub(super) endpoint: Arc<Endpoint>,
+    pub(super) management: Management,
     pub(super) talk: Link,
     post: Link,
     scout: Arc<Link>,
@@ -76,7 +84,7 @@ const BROKE: Duration = Duration::from_millis(50);
 
 pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<Core>> {
     let with_tls = url.scheme() == "amqps";
-    let mut known = vec!["heartbeat", "fresh"];
+    let mut known = vec!["heartbeat", "fresh", "guest", "management"];
     if with_tls {
         known.extend(TLS_OPTIONS);
     }
@@ -100,15 +108,24 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<C
             |text| seconds(text).filter(|time| time.as_secs() <= 60),
         )?
         .unwrap_or(FRESH);
+    let own = url.option("guest", "the name of the guest's queue", |name| {
+        name.parse::<QueueName>()
+            .ok()
+            .filter(QueueName::is_commands)
+    })?;
+    let management = Management::of(url)?;
     let port = if with_tls { 5671 } else { 5672 };
     let endpoint = Arc::new(Endpoint::of(url, port, with_tls)?);
     let id = Uuid::new_v4().simple().to_string();
+    let connected = Arc::clone(&endpoint);
     let link = |what, scout| {
         let name = format!("{what} {id}");
         Link::start(Arc::clone(&endpoint), heartbeat, name, scout)
     };
     let scout = Arc::new(link("scout", None));
     let core = Arc::new(Core {
+        own,
+        management,
         talk: link("talk", Some(Arc::clone(&scout))),
         post: link("post", None),
         scout,
@@ -117,6 +134,7 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<C
         gates: Gates::default(),
         fresh,
         heartbeat,
+        endpoint: connected,
         closed: watch::Sender::new(false),
         copies: AtomicU64::new(0),
         turns: Mutex::default(),
@@ -129,6 +147,10 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<C
     tokio::spawn(post(Arc::downgrade(&core)));
     loop {
         let talk = core.talk.wire(deadline).await?;
+        // A guest may make neither, and need not: the control plane did.
+        if core.own.is_some() {
+            break;
+        }
         match deadline.bound(exchanges(&talk)).await? {
             // One connection may break while the others are there: it is made again (law F5).
             Err(Fault::Lost(why)) if !deadline.has_passed() => {
@@ -169,7 +191,6 @@ async fn post(core: Weak<Core>) {
     }
 }
 
-/// A guest may make neither, and need not: the control plane did.
 async fn exchanges(wire: &Wire) -> Result<(), Fault> {
     for (name, kind) in [
         (EXCHANGE, ExchangeKind::Direct),
@@ -202,6 +223,22 @@ impl Core {
             return Err(closed());
         }
         Ok(())
+    }
+
+    /// The exchange that reaches a queue by its name.
+    pub(super) fn by_name(&self) -> Cow<'static, str> {
+        match &self.own {
+            Some(own) => out_of(own).into(),
+            None => "".into(),
+        }
+    }
+
+    /// The exchange that messages are published to.
+    pub(super) fn messages(&self) -> Cow<'static, str> {
+        match &self.own {
+            Some(own) => out_of(own).into(),
+            None => EXCHANGE.into(),
+        }
     }
 
     /// Waits for the handle to be closed.

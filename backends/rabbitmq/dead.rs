@@ -25,9 +25,15 @@ pub(super) fn dead_of(queue: &QueueName) -> String {
 
 /// The copy that is stored among the dead letters. It keeps the key of the copy that died, so that one
 /// that is stored twice, before and after a crash, is known to be one.
-pub(super) fn letter(queue: &QueueName, message: &Message, key: &str, death: &Death) -> Letter {
+pub(super) fn letter(
+    core: &Core,
+    queue: &QueueName,
+    message: &Message,
+    key: &str,
+    death: &Death,
+) -> Letter {
     Letter {
-        exchange: "",
+        exchange: core.by_name(),
         to: dead_of(queue),
         mandatory: true,
         key: key.into(),

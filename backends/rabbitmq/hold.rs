@@ -15,6 +15,7 @@ use super::{
     closed,
     connection::AGAIN,
     consume::{End, Holder, Phase},
+    credential,
     fault::Fault,
     link::Wire,
     lock,
@@ -245,6 +246,7 @@ async fn attach_over(
         name: Some(lane.clone()),
         turn: Some(turn),
     };
+    credential::open(core, &channel, &lane).await?;
     let control = listen(&channel, &lane).await?;
     let side = wire.channel().await?;
     let reading = lockqueue::take(core, wire, notes::reader_of(queue)).await?;

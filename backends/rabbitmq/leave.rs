@@ -20,6 +20,7 @@ use super::{
     ask::{Asked, Back, ask},
     barrier,
     consume::{End, Holder, Phase},
+    credential,
     fault::Fault,
     hold::{GONE, HAS, Has, LetGo, lanes},
     letter, lock,
@@ -209,6 +210,7 @@ impl Station {
                 continue;
             }
             probe.close(200, "done".into()).await?;
+            credential::open(&holder.core, &self.channel, &lane).await?;
             self.control = listen(&self.channel, &lane).await?;
             let old = std::mem::replace(&mut self.lane, lane);
             let options = QueueDeleteOptions::default();

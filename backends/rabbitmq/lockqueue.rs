@@ -12,6 +12,7 @@ use lapin::{
 use super::{
     ask::is_attended,
     connection::{AGAIN, Core},
+    credential,
     fault::Fault,
     link::{Spare, Wire},
 };
@@ -19,6 +20,9 @@ use crate::deadline::Deadline;
 
 /// How long the broker may take to be given a lock back that nobody waits for.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a lock is left alone whose holder cannot be seen.
+const UNSEEN: Duration = Duration::from_millis(25);
 
 /// How often it is looked whether there is anything to be given back still.
 const LOOK: Duration = Duration::from_millis(50);
@@ -74,11 +78,14 @@ pub(super) async fn take(core: &Arc<Core>, wire: &Wire, name: String) -> Result<
             turn: turn.take(),
         };
         if declare(&channel, &name).await? {
+            credential::open(core, &channel, &name).await?;
             return Ok(guard);
         }
         guard.channel = None;
         turn = guard.turn.take();
-        tokio::time::sleep(AGAIN).await;
+        // A guest with a credential does not see the control plane's locks by looking.
+        let again = if core.own.is_some() { UNSEEN } else { AGAIN };
+        tokio::time::sleep(again).await;
     }
 }
 

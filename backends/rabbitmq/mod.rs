@@ -18,6 +18,7 @@ mod ask;
 mod barrier;
 mod connection;
 mod consume;
+mod credential;
 mod dead;
 mod delete;
 mod durability;
@@ -28,6 +29,7 @@ mod leave;
 mod letter;
 mod link;
 mod lockqueue;
+mod management;
 mod notes;
 mod post;
 mod publish;
@@ -53,6 +55,7 @@ use crate::{
         Discarded, QueueSpec, QueueStatus, Receipt, Responder,
     },
     broker_url::BrokerUrl,
+    credential::GuestCredential,
     deadline::Deadline,
     durability::DurabilityReport,
     error::{Error, ErrorKind, Outcome, Result},
@@ -204,6 +207,30 @@ impl Broker for RabbitMq {
         durability::report(&self.core, deadline)
             .await
             .map_err(|error| error.with_operation("durability").with_backend(BACKEND))
+    }
+
+    async fn issue_credential(
+        &self,
+        address: &GuestAddress,
+        reports: &QueueName,
+        deadline: Deadline,
+    ) -> Result<GuestCredential> {
+        credential::issue(&self.core, address, reports, deadline)
+            .await
+            .map_err(at("issue_credential", &address.queue()))
+    }
+
+    async fn revoke_credential(&self, address: &GuestAddress, deadline: Deadline) -> Result<()> {
+        let queue = address.queue();
+        credential::revoke(&self.core, &queue, deadline)
+            .await
+            .map_err(at("revoke_credential", &queue))
+    }
+
+    async fn credentials(&self, deadline: Deadline) -> Result<Vec<QueueName>> {
+        credential::list(&self.core, deadline)
+            .await
+            .map_err(|error| error.with_operation("credentials").with_backend(BACKEND))
     }
 
     async fn close(&self, deadline: Deadline) -> Result<()> {

@@ -223,7 +223,7 @@ pub(super) async fn put(
         let mut table = FieldTable::default();
         table.insert(KEY.into(), letter::text(&key));
         let letter = Letter {
-            exchange: "",
+            exchange: core.by_name(),
             to: queue.into(),
             mandatory: true,
             key,

@@ -6,6 +6,7 @@
 //! P7). A broker returns a message before it confirms it: when all confirms are here, so are all returns.
 
 use std::{
+    borrow::Cow,
     collections::{HashSet, VecDeque},
     sync::{
         Arc, Mutex,
@@ -36,7 +37,7 @@ const WAITING: usize = 8 * 1024;
 /// What is to be published.
 #[derive(Debug)]
 pub(super) struct Letter {
-    pub(super) exchange: &'static str,
+    pub(super) exchange: Cow<'static, str>,
     pub(super) to: String,
     pub(super) mandatory: bool,
     pub(super) key: String,
@@ -248,7 +249,7 @@ async fn send(outbox: &Outbox, channel: &Channel, window: Vec<Job>) -> Sent {
         };
         let published = channel
             .basic_publish(
-                letter.exchange.into(),
+                letter.exchange.as_ref().into(),
                 letter.to.as_str().into(),
                 options,
                 &letter.body,

@@ -13,7 +13,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use super::{
-    connection::{AGAIN, Core, EXCHANGE},
+    connection::{AGAIN, Core},
     fault::Fault,
     late, letter, lock, lockqueue, no_queue,
     post::{Answer, Letter, Ticket},
@@ -138,7 +138,7 @@ pub(super) async fn store(
 fn copy(core: &Core, queue: &QueueName, limit: Option<u64>, message: &Message) -> Letter {
     let key = core.copy_name();
     Letter {
-        exchange: EXCHANGE,
+        exchange: core.messages(),
         to: routing_key(queue, limit),
         mandatory: true,
         properties: letter::properties(message, &key, None),
@@ -154,9 +154,13 @@ async fn find(
     deadline: Deadline,
 ) -> Result<Option<Option<u64>>> {
     let name = queue.clone();
-    core.run(deadline, move |_, wire| {
+    core.run(deadline, move |core, wire| {
         let name = name.clone();
         async move {
+            if core.own.is_some() {
+                // It may not ask what the queue is like; reports have no limit.
+                return Ok(topology::counts(&wire, &name).await?.map(|_| None));
+            }
             let found = topology::probe_there(&wire, &name).await?;
             Ok(found.map(|found| found.max_messages))
         }

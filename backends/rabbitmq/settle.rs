@@ -113,7 +113,7 @@ impl Station {
                 let out = all.get(&tag)?;
                 let attempts = out.attempt.min(limit);
                 let death = Death { reason, attempts };
-                let letter = dead::letter(queue, &out.message, &out.key, &death);
+                let letter = dead::letter(&holder.core, queue, &out.message, &out.key, &death);
                 Some((tag, core.outbox.publish(letter, deadline).await, reply))
             });
         for (tag, answer, reply) in join_all(stored).await.into_iter().flatten() {

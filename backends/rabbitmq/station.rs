@@ -20,6 +20,7 @@ use super::{
     ask::Back,
     connection::Core,
     consume::{End, Holder, Item, Order, Phase, lease_lost},
+    credential,
     fault::Fault,
     hold::{HAS, Has, LET_GO, YIELD, is_leaving},
     letter,
@@ -225,7 +226,11 @@ impl Station {
             let left = noted?.due.get(&key)?.left();
             (!left.is_zero()).then(|| Instant::now() + left)
         });
-        let message = letter::message(&delivery.properties, delivery.data);
+        let mut message = letter::message(&delivery.properties, delivery.data);
+        // What a guest says of itself counts for nothing where the broker knows better.
+        if let Some(sender) = credential::sender(delivery.exchange.as_str()) {
+            message.from = Some(sender);
+        }
         let out = Out {
             key,
             attempt,

@@ -13,27 +13,46 @@ use wilco_conformance::{
 /// A real broker whose process is quickly killed and started: what section F needs.
 const WITH_A_PROCESS: &str = "redis";
 
+/// A real broker that has credentials.
+const WITH_CREDENTIALS: &str = "rabbitmq";
+
 /// Each one runs into its check; all of them at once, for most of the time is spent waiting for
 /// what a saboteur keeps back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn x1_every_saboteur_is_caught_by_its_check() {
-    let (_, plain) = saboteurs();
-    caught(plain, "reference", 12).await;
+    caught(saboteurs(Needs::Nothing), "reference", 12).await;
 }
 
 /// The same for those that do well until a process is killed or a network breaks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn x1_every_saboteur_of_faults_is_caught_by_its_check() {
-    let (faults, _) = saboteurs();
-    caught(faults, WITH_A_PROCESS, 3).await;
+    caught(saboteurs(Needs::Process), WITH_A_PROCESS, 3).await;
 }
 
-/// Those whose check breaks its broker, and the others.
-fn saboteurs() -> (Vec<Saboteur>, Vec<Saboteur>) {
-    let breaks = |saboteur: &Saboteur| saboteur.caught_by.starts_with('f');
+/// The same for those that give guests what they should not have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn x1_every_saboteur_of_credentials_is_caught_by_its_check() {
+    caught(saboteurs(Needs::Credentials), WITH_CREDENTIALS, 3).await;
+}
+
+/// What a saboteur's check needs of its broker.
+#[derive(PartialEq, Eq)]
+enum Needs {
+    Nothing,
+    Process,
+    Credentials,
+}
+
+fn saboteurs(needs: Needs) -> Vec<Saboteur> {
+    let needed = |saboteur: &Saboteur| match saboteur.caught_by.as_bytes().first() {
+        Some(b'f') => Needs::Process,
+        Some(b's') => Needs::Credentials,
+        _ => Needs::Nothing,
+    };
     let only = std::env::var("WILCO_SABOTEUR").ok();
     let asked = |saboteur: &Saboteur| only.as_deref().is_none_or(|only| only == saboteur.name);
-    saboteurs::all().into_iter().filter(asked).partition(breaks)
+    let all = saboteurs::all().into_iter().filter(asked);
+    all.filter(|saboteur| needed(saboteur) == needs).collect()
 }
 
 #[expect(

@@ -61,6 +61,7 @@ pub(super) enum Command {
     Dead(Dead),
     Cancel(Cancel),
     Delete(Delete),
+    Credentials(Credentials),
     Doctor(Doctor),
     Bench(Bench),
     Completions(Completions),
@@ -100,6 +101,11 @@ pub(super) struct Provision {
     /// Provision those that failed or were not delivered again, as a new incarnation
     #[arg(long)]
     pub(super) again: bool,
+    /// Give each machine a credential of its own on the broker, revoked when it is given up
+    ///
+    /// With --spawn the machine's WILCO_BROKER has it; without, wilco credentials issue makes it.
+    #[arg(long)]
+    pub(super) credentials: bool,
     /// How many guests are provisioned at once
     #[arg(long, value_name = "N", default_value = "1000")]
     pub(super) concurrency: NonZeroU32,
@@ -323,6 +329,61 @@ pub(super) struct Cancel {
 pub(super) struct Delete {
     /// The guest's id
     pub(super) id: GuestId,
+}
+
+/// Make, look for, or take back what one machine connects to the broker with
+///
+/// It is worth one machine's work: attach to its own queue, settle, answer, report. The broker refuses
+/// everything else. It needs a --broker URL that may administer the broker, and a guest that was
+/// provisioned with --credentials, so that it is revoked when the machine is given up. What it may do
+/// beyond a guest's work, where the broker has no smaller right, is told when it is issued.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  wilco credentials issue vm-1                       # the URL for the machine's wilco guest --broker
+  wilco credentials issue vm-1 --format cloud-init   # user data that puts it on the machine
+  wilco credentials show vm-1
+  wilco credentials revoke vm-1")]
+pub(super) struct Credentials {
+    #[command(subcommand)]
+    pub(super) action: CredentialsAction,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum CredentialsAction {
+    /// Make a machine's credential, or replace it, and print it: it is not shown again
+    Issue {
+        /// The guest's id
+        id: GuestId,
+        /// How it is printed
+        #[arg(long, value_enum, default_value = "url")]
+        format: CredentialFormat,
+        /// Where its files, if it has any, will be on the machine
+        #[arg(long, value_name = "PATH", default_value = "/etc/wilco")]
+        directory: PathBuf,
+    },
+    /// Whether a machine has a credential; its secret is not shown
+    Show {
+        /// The guest's id
+        id: GuestId,
+    },
+    /// Take a machine's credential back: nobody connects with it any more
+    Revoke {
+        /// The guest's id
+        id: GuestId,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum CredentialFormat {
+    /// The broker's URL alone
+    Url,
+    /// Lines for an environment file
+    Env,
+    /// User data for cloud-init, which writes the files that the agent's unit reads
+    CloudInit,
+    /// One object, with what it may do
+    Json,
 }
 
 /// Check a broker: can it be reached, and what is its Ok worth

@@ -15,6 +15,7 @@ use std::{
 
 use async_trait::async_trait;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use secrecy::{ExposeSecret as _, SecretString};
 use tokio::{process::Command, sync::watch};
 use wilco::{GuestAddress, HostProbe, HostState};
 
@@ -68,12 +69,14 @@ impl Machines {
         self: &Arc<Self>,
         address: &GuestAddress,
         env: &BTreeMap<String, String>,
+        broker: Option<&SecretString>,
     ) -> Outcome<()> {
+        let broker = broker.map_or(self.broker.as_str(), |own| own.expose_secret());
         let mut child = Command::new(self.program.path())
             .envs(env)
             .env("WILCO_GUEST", address.guest.as_str())
             .env("WILCO_INCARNATION", address.incarnation.to_string())
-            .env("WILCO_BROKER", &self.broker)
+            .env("WILCO_BROKER", broker)
             .env("WILCO_EXE", &self.wilco)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -3,6 +3,7 @@
 mod args;
 mod ask;
 mod bench;
+mod credentials;
 mod doctor;
 mod explain;
 mod fleet;
@@ -59,6 +60,7 @@ fn run(cli: Cli, output: Output) -> Outcome {
             Command::Dead(args) => queues::dead(&global, args.action, output).await,
             Command::Cancel(args) => status::cancel(&global, args, output).await,
             Command::Delete(args) => status::delete(&global, args, output).await,
+            Command::Credentials(args) => credentials::run(&global, args.action, output).await,
             Command::Doctor(args) => doctor::run(&global, args, output).await,
             Command::Bench(args) => bench::run(&global, args, output).await,
             Command::Completions(args) => {

@@ -2,12 +2,14 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    path::PathBuf,
     process::ExitCode,
     sync::Arc,
     time::Duration,
     time::Instant,
 };
 
+use secrecy::SecretString;
 use serde_json::json;
 use tokio::{sync::Semaphore, sync::broadcast::error::RecvError, task::JoinSet};
 use wilco::{
@@ -61,6 +63,8 @@ pub(super) async fn run(global: &Global, args: Provision, output: Output) -> Out
         taskmanager,
         machines,
         again: args.again,
+        credentials: args.credentials,
+        files: global.records_path().with_extension("credentials"),
         places: Semaphore::new(args.concurrency.get() as usize),
     });
 
@@ -154,6 +158,9 @@ struct Run {
     taskmanager: Taskmanager,
     machines: Option<Arc<Machines>>,
     again: bool,
+    credentials: bool,
+    /// Where credentials' files are put for machines that are started here.
+    files: PathBuf,
     places: Semaphore,
 }
 
@@ -230,7 +237,7 @@ impl Run {
         let id = &line.id;
         let record = self.taskmanager.record(id).await?;
         let state = record.as_ref().map(|record| record.state);
-        let again = self.again && matches!(state, Some(State::Failed | State::NotDelivered));
+        let mut again = self.again && matches!(state, Some(State::Failed | State::NotDelivered));
         if let Some(record) = &record {
             row.address.incarnation = record.address.incarnation;
             row.recorded = record.state.is_terminal() && !again;
@@ -242,12 +249,56 @@ impl Run {
             && !row.recorded
             && !self.answers(&row.address).await
         {
-            machines.start(&row.address, &line.env)?;
+            let own = if self.credentials {
+                // Recorded first: whatever happens from here, its credential is not forgotten.
+                self.provisioning(&line, again).start().await?;
+                // It is joined below.
+                again = false;
+                Some(self.credential(&row.address).await?)
+            } else {
+                None
+            };
+            machines.start(&row.address, &line.env, own.as_ref())?;
         }
+        let outcome = self.provisioning(&line, again).await.map_err(|error| {
+            let conflict = *error.kind() == ErrorKind::Conflict && row.recorded;
+            let problem = Problem::from(error);
+            if conflict {
+                problem.during("its recorded prepare is another one than this line's")
+            } else {
+                problem
+            }
+        })?;
+        let record = self.taskmanager.record(id).await?;
+        if let Some(record) = &record {
+            row.address = record.address.clone();
+        }
+        let took = record.as_ref().map_or(Duration::ZERO, span);
+        Ok(End::Outcome { outcome, took })
+    }
+
+    /// What a machine that is started here connects with.
+    async fn credential(&self, address: &GuestAddress) -> Outcome<SecretString> {
+        let credential = self.taskmanager.issue_credential(&address.guest).await?;
+        if credential.files().is_empty() {
+            return Ok(credential.url().clone());
+        }
+        let place = self.files.join(address.queue().as_str());
+        std::fs::create_dir_all(&place).map_err(|error| {
+            Problem::new(
+                Exit::File,
+                format!("cannot make {}: {error}", place.display()),
+            )
+        })?;
+        Ok(credential.store(&place)?)
+    }
+
+    fn provisioning(&self, line: &Line, again: bool) -> wilco::Provision {
         let mut provisioning = self
             .taskmanager
-            .provision(id.as_str(), &line.prepare)
+            .provision(line.id.as_str(), &line.prepare)
             .again(again)
+            .with_credential(self.credentials)
             .policy(match line.policy {
                 Policy::PingFirst => SendPolicy::PingFirst,
                 Policy::EnqueueFirst => SendPolicy::EnqueueFirst,
@@ -264,21 +315,7 @@ impl Run {
         if let Some(span) = line.deadlines.total {
             provisioning = provisioning.total_deadline(span);
         }
-        let outcome = provisioning.await.map_err(|error| {
-            let conflict = *error.kind() == ErrorKind::Conflict && row.recorded;
-            let problem = Problem::from(error);
-            if conflict {
-                problem.during("its recorded prepare is another one than this line's")
-            } else {
-                problem
-            }
-        })?;
-        let record = self.taskmanager.record(id).await?;
-        if let Some(record) = &record {
-            row.address = record.address.clone();
-        }
-        let took = record.as_ref().map_or(Duration::ZERO, span);
-        Ok(End::Outcome { outcome, took })
+        provisioning
     }
 
     /// Whether this machine is up already, started by an earlier run.

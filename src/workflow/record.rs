@@ -40,6 +40,10 @@ pub struct Record {
     /// How many copies of prepare may have been stored so far: each publish can add one.
     #[serde(default)]
     pub copies: u32,
+    /// The broker may hold a credential for this machine or an earlier one of its guest: set before one is
+    /// issued, so that none is forgotten (see [`Provision::with_credential`](crate::Provision::with_credential)).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub credential: bool,
     /// The guest said that it accepted prepare.
     pub accepted: bool,
     /// The last start of the guest's agent that was seen.
@@ -79,6 +83,7 @@ impl Record {
             revoking: None,
             sent: Sent::Never,
             copies: 0,
+            credential: false,
             accepted: false,
             boot: None,
             trouble: None,
@@ -102,6 +107,11 @@ impl Record {
     pub fn kind(&self) -> &'static str {
         PREPARE
     }
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "how serde asks for it")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// How far a provisioning is.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 use std::{
+    collections::BTreeSet,
     num::NonZeroU32,
     sync::{
         Arc,
@@ -20,8 +21,8 @@ use tokio::{
 
 use super::*;
 use crate::{
-    Broker, Deadline, Error, ErrorKind, GuestAddress, GuestId, Incarnation, Message, Phase,
-    QueueName, Result,
+    Broker, Deadline, Error, ErrorKind, GuestAddress, GuestCredential, GuestId, Incarnation,
+    Message, Phase, QueueName, Result,
     broker::{self, DeleteMode, QueueSpec},
     wire::Command,
 };
@@ -752,13 +753,15 @@ async fn w36_w37_a_cancel_meets_one_truth() {
     }
 }
 
-/// A broker whose lanes lose the questions that have this word in them.
+/// A broker whose lanes lose the questions that have this word in them. It has credentials, too: of those
+/// it keeps only whose there are.
 #[derive(Debug)]
 struct Deaf {
     broker: Arc<dyn Broker>,
     to: &'static [u8],
     /// Deletes fail until this moment.
     deletes_from: Instant,
+    issued: Arc<std::sync::Mutex<BTreeSet<QueueName>>>,
 }
 
 #[async_trait::async_trait]
@@ -837,9 +840,94 @@ impl Broker for Deaf {
     async fn durability(&self, deadline: Deadline) -> Result<crate::durability::DurabilityReport> {
         self.broker.durability(deadline).await
     }
+    async fn issue_credential(
+        &self,
+        address: &GuestAddress,
+        _reports: &QueueName,
+        deadline: Deadline,
+    ) -> Result<GuestCredential> {
+        self.broker.status(&address.queue(), deadline).await?;
+        self.issued.lock().unwrap().insert(address.queue());
+        Ok(GuestCredential::new(address.clone(), "memory:"))
+    }
+    async fn revoke_credential(&self, address: &GuestAddress, _deadline: Deadline) -> Result<()> {
+        self.issued.lock().unwrap().remove(&address.queue());
+        Ok(())
+    }
+    async fn credentials(&self, _deadline: Deadline) -> Result<Vec<QueueName>> {
+        Ok(self.issued.lock().unwrap().iter().cloned().collect())
+    }
     async fn close(&self, deadline: Deadline) -> Result<()> {
         self.broker.close(deadline).await
     }
+}
+
+/// A broker that has credentials, and whose there are on it.
+fn issuing(world: &World) -> Arc<Deaf> {
+    Arc::new(Deaf {
+        broker: world.broker.clone(),
+        to: b"nothing",
+        deletes_from: Instant::now(),
+        issued: Arc::default(),
+    })
+}
+
+async fn until_issued(broker: &Deaf, wanted: &[QueueName]) {
+    let started = Instant::now();
+    while broker.credentials(within()).await.unwrap() != wanted {
+        assert!(started.elapsed() < PATIENCE, "{broker:?}");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn s1_a_credential_goes_with_its_machine() {
+    let mut world = World::new().await;
+    world.taskmanager.close();
+    let broker = issuing(&world);
+    world.taskmanager = resumed_over(&world, broker.clone()).await;
+    let provision = world.taskmanager.provision("vm", ()).with_credential(true);
+    let first = provision.start().await.unwrap().address;
+    // At once: it waits for the queue.
+    let issued = world.taskmanager.issue_credential(&id("vm")).await.unwrap();
+    assert_eq!(issued.address, first);
+    until_issued(&broker, &[first.queue()]).await;
+    world.taskmanager.cancel(&id("vm")).await.unwrap();
+    until_issued(&broker, &[]).await;
+    let error = world.taskmanager.issue_credential(&id("vm")).await;
+    assert_eq!(*error.unwrap_err().kind(), ErrorKind::Revoked);
+
+    // A successor without one takes its predecessor's away all the same.
+    broker.issued.lock().unwrap().insert(first.queue());
+    let second = world.taskmanager.provision("vm", ()).again(true);
+    second.start().await.unwrap();
+    until_issued(&broker, &[]).await;
+    world.taskmanager.cancel(&id("vm")).await.unwrap();
+
+    let other = world.taskmanager.provision("other", ());
+    other.start().await.unwrap();
+    let error = world.taskmanager.issue_credential(&id("other")).await;
+    assert_eq!(*error.unwrap_err().kind(), ErrorKind::InvalidInput);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn s1_a_credential_that_a_crash_left_is_revoked_by_the_next_taskmanager() {
+    let mut world = World::new().await;
+    world.taskmanager.close();
+    let broker = issuing(&world);
+    let mut record = Record::new(
+        GuestAddress::from(id("vm")),
+        serde_json::value::RawValue::NULL.to_owned().into(),
+        SendPolicy::default(),
+        Deadlines::default(),
+        0,
+    );
+    record.credential = true;
+    (record.state, record.revision) = (State::NotDelivered, 1);
+    world.records.save(&record).await.unwrap();
+    broker.issued.lock().unwrap().insert(record.address.queue());
+    world.taskmanager = resumed_over(&world, broker.clone()).await;
+    until_issued(&broker, &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -850,6 +938,7 @@ async fn w1_a_queue_that_could_not_be_deleted_goes_when_the_broker_is_back() {
         broker: world.broker.clone(),
         to: b"nothing",
         deletes_from: Instant::now() + secs(7),
+        issued: Arc::default(),
     });
     world.taskmanager = resumed_over(&world, broker).await;
     let provision = world.taskmanager.provision("vm", ());
@@ -894,6 +983,7 @@ async fn w37_a_guest_that_accepted_before_the_fence_lives_on() {
         broker: world.broker.clone(),
         to: b"withdraw",
         deletes_from: Instant::now(),
+        issued: Arc::default(),
     });
     world.taskmanager = resumed_over(&world, broker).await;
     let provision = world.taskmanager.provision("vm", ());

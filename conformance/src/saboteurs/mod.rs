@@ -9,6 +9,7 @@ mod leases;
 mod publish;
 mod queues;
 mod requests;
+mod secrets;
 mod table;
 pub(crate) mod wrap;
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Saboteur, consume, faults, leases, publish, queues, requests};
+use super::{Saboteur, consume, faults, leases, publish, queues, requests, secrets};
 
 /// Calls a macro with every saboteur: `name: module::Type => check;` each. Tests are made with it,
 /// one a saboteur.
@@ -83,6 +83,7 @@ macro_rules! for_each_saboteur {
             two_deadlines: requests::TwoDeadlines => r7_the_deadline_is_total;
             rewords_errors: requests::RewordsErrors => r8_errors_pass_typed_and_whole;
             pings_through_the_queue: requests::PingsThroughTheQueue => r9_pings_never_touch_the_durable_queue;
+            revokes_nothing: secrets::RevokesNothing => s1_a_guests_credential_is_worth_one_queue;
             lies_about_durability: queues::LiesAboutDurability => d1_the_report_is_honest;
             claims_what_it_does_not_know: queues::ClaimsWhatItDoesNotKnow => d2_require_refuses_what_the_report_does_not_show;
             forgets_on_a_kill: queues::EmptiesOnRestart => f1_a_kill_after_the_confirm_loses_nothing;

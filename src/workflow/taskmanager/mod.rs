@@ -1,6 +1,7 @@
 //! The taskmanager: provisions guests, and holds each to exactly one recorded outcome.
 
 pub(crate) mod answers;
+mod credential;
 mod driver;
 mod handle;
 mod provision;
@@ -418,8 +419,9 @@ impl Inner {
         let _ = self.transitions.send(Arc::new(record.clone()));
     }
 
-    /// Takes a machine's queue away, with all that is in it, and tells a guest that is still there.
+    /// Takes a machine's credential and its queue away, with all that is in it, and tells a guest that is still there.
     async fn fence(&self, address: &GuestAddress) -> Result<()> {
+        self.revoke_its_credential(address).await?;
         self.take_queue(address).await?;
         self.dismiss(address.clone());
         Ok(())

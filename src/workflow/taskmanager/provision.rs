@@ -26,6 +26,7 @@ pub struct Provision {
     policy: SendPolicy,
     deadlines: Deadlines,
     again: bool,
+    credential: bool,
 }
 
 impl Provision {
@@ -41,6 +42,7 @@ impl Provision {
             policy: SendPolicy::default(),
             deadlines: Deadlines::default(),
             again: false,
+            credential: false,
         }
     }
 
@@ -87,6 +89,14 @@ impl Provision {
         self
     }
 
+    /// Whether the machine gets a credential of its own (law S1), which
+    /// [`Taskmanager::issue_credential`] makes once this was asked for. It is revoked when the machine is
+    /// given up, deleted, or followed by another one of its guest.
+    pub fn with_credential(mut self, credential: bool) -> Self {
+        self.credential = credential;
+        self
+    }
+
     /// Asks for it without waiting for the outcome. Ok: it is recorded, and carried out from now on
     /// by this taskmanager and those after it.
     ///
@@ -112,6 +122,7 @@ impl Provision {
                     return Ok((record, Some(driven)));
                 }
             }
+            let mut credential = self.credential;
             let incarnation = match inner.records.newest(&guest).await? {
                 None => Incarnation::FIRST,
                 Some(record) if !record.state.is_terminal() => {
@@ -119,7 +130,11 @@ impl Provision {
                     let driven = inner.drive(record.clone());
                     return Ok((record, Some(driven)));
                 }
-                Some(record) if self.again => record.address.incarnation.next(),
+                Some(record) if self.again => {
+                    // The earlier machine's is revoked before this one's queue is made.
+                    credential |= record.credential;
+                    record.address.incarnation.next()
+                }
                 Some(record) => {
                     joinable(&record, &payload)?;
                     return Ok((record, None));
@@ -133,6 +148,7 @@ impl Provision {
                 self.deadlines,
                 now_ms(),
             );
+            record.credential = credential;
             // In a task of its own: what is recorded is driven, whether or not the caller is still here.
             let recording = {
                 let inner = inner.clone();

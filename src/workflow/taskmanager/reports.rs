@@ -222,6 +222,7 @@ async fn sweep(inner: Arc<Inner>) -> Result<()> {
         .filter(|record| record.state.is_terminal() && !may_serve(record))
         .map(|record| record.address.queue())
         .collect();
+    inner.sweep_credentials().await?;
     let deadline = Deadline::after(OPERATION);
     for status in inner.broker.list(deadline).await? {
         if given_up.contains(&status.name)

@@ -6,16 +6,23 @@ use std::{
     time::Duration,
 };
 
+use base64::Engine as _;
 use serde_json::Value;
 
 /// One request over HTTP/1.0, as the user that a new server has.
 pub(super) fn ask(port: u16, method: &str, path: &str) -> Result<Value, String> {
+    ask_as(port, "guest:guest", method, path)
+}
+
+/// The same as another user, `name:password`.
+pub(super) fn ask_as(port: u16, user: &str, method: &str, path: &str) -> Result<Value, String> {
+    let basic = base64::engine::general_purpose::STANDARD.encode(user);
     let text = |error: std::io::Error| format!("{method} {path}: {error}");
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).map_err(text)?;
     let patience = Some(Duration::from_secs(20));
     stream.set_read_timeout(patience).map_err(text)?;
     let request = format!(
-        "{method} {path} HTTP/1.0\r\nHost: localhost\r\nAuthorization: Basic Z3Vlc3Q6Z3Vlc3Q=\r\n\
+        "{method} {path} HTTP/1.0\r\nHost: localhost\r\nAuthorization: Basic {basic}\r\n\
          Content-Type: application/json\r\nContent-Length: 0\r\n\r\n"
     );
     stream.write_all(request.as_bytes()).map_err(text)?;

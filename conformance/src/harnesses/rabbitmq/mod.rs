@@ -3,6 +3,7 @@
 
 mod administration;
 mod node;
+mod theft;
 
 use std::{
     net::SocketAddr,
@@ -22,7 +23,7 @@ use self::{
     administration::{ask, indexed, names},
     node::Node,
 };
-use crate::harness::{Facts, Faults, Harness, Server, Unavailable, Use};
+use crate::harness::{Attempt, Facts, Faults, Harness, Server, Theft, Unavailable, Use};
 
 /// Three heartbeats of the default of two seconds, and what a loaded machine takes.
 const TAKEOVER: Duration = Duration::from_secs(7);
@@ -99,8 +100,12 @@ impl Drop for Vhost {
 
 impl Vhost {
     fn url_at(&self, address: SocketAddr) -> String {
+        let management = match self.usage {
+            Use::Credentials => format!("&management=http://127.0.0.1:{}", self.node.management),
+            _ => String::new(),
+        };
         format!(
-            "amqp://guest:guest@{address}/{}{}",
+            "amqp://guest:guest@{address}/{}{}{management}",
             self.vhost, self.options
         )
     }
@@ -168,6 +173,16 @@ impl Server for Vhost {
     fn refused_url(&self) -> Result<String, Unavailable> {
         let url = self.url_at(self.node.process.address());
         Ok(url.replacen("guest:guest", "guest:wrong", 1))
+    }
+
+    fn admin_url(&self) -> Result<String, Unavailable> {
+        Ok(self.url_at(self.node.process.address()))
+    }
+
+    async fn forbidden(&self, theft: &Theft<'_>) -> Result<Vec<Attempt>, Unavailable> {
+        theft::attempts(&self.admin_url()?, self.node.management, theft)
+            .await
+            .map_err(Unavailable::because)
     }
 
     fn faults(&self) -> Result<&dyn Faults, Unavailable> {

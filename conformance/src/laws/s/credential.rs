@@ -35,11 +35,6 @@ pub async fn s1_a_guests_credential_is_worth_one_queue(cx: &Cx) -> CheckResult {
     let (own, other) = (guest("s1-own")?, guest("s1-other")?);
     let mut stolen = Issued::new(&*admin, &own, &reports, place.path()).await?;
     let theirs = Issued::new(&*admin, &other, &reports, place.path()).await?;
-    for address in [&own, &other] {
-        let spec = QueueSpec::new(address.queue());
-        admin.declare(&spec, long()).await?;
-    }
-
     let neighbour = theirs.connect().await?;
     let mut lane = prepare_neighbour(&*admin, &*neighbour, &other).await?;
     let (handle, consumer, responder) = work(&*admin, &stolen, &reports).await?;
@@ -87,7 +82,7 @@ pub async fn s1_a_guests_credential_is_worth_one_queue(cx: &Cx) -> CheckResult {
         &ErrorKind::AuthRefused,
     )?;
 
-    let events = provisioned(admin, &reports, place.path()).await?;
+    let events = provisioned(cx, admin, place.path()).await?;
     Ok(Evidence::of("verbs refused by the server", refused)
         .and("steps of a provisioning seen", events))
 }
@@ -115,6 +110,8 @@ impl Issued {
         reports: &QueueName,
         place: &Path,
     ) -> Result<Self, CheckError> {
+        let spec = QueueSpec::new(address.queue());
+        admin.declare(&spec, long()).await?;
         let credential = admin.issue_credential(address, reports, long()).await?;
         same("whose credential it is", &credential.address, address)?;
         expect(
@@ -122,6 +119,10 @@ impl Issued {
             "it says what it may do",
             "it does not",
         )?;
+        Self::stored(credential, place)
+    }
+
+    fn stored(credential: GuestCredential, place: &Path) -> Result<Self, CheckError> {
         // A directory of its own: the names of files are the same for all.
         let place = place.join(uuid());
         std::fs::create_dir(&place).map_err(|error| CheckError::failed("a directory", error))?;
@@ -298,18 +299,22 @@ async fn revoked(
     ends("the lane", responder).await
 }
 
-/// A whole provisioning: the taskmanager on the connection that may do everything, the agent on its
-/// credential.
-async fn provisioned(
-    admin: Arc<dyn Broker>,
-    reports: &QueueName,
-    place: &Path,
-) -> Result<usize, CheckError> {
+/// A whole provisioning with a credential as a step of it: the taskmanager on the connection that may do
+/// everything, the agent on its credential, which goes with the machine.
+async fn provisioned(cx: &Cx, admin: Arc<dyn Broker>, place: &Path) -> Result<usize, CheckError> {
     let machine = guest("s1-machine")?;
-    let issued = Issued::new(&*admin, &machine, reports, place).await?;
     let records = SqliteRecords::open(place.join("records.db")).await?;
     let taskmanager = Taskmanager::named(CONTROL_PLANE, admin, records).await?;
     let mut seen = taskmanager.watch();
+    let provision = || {
+        taskmanager
+            .provision(machine.guest.clone(), "s1")
+            .with_credential(true)
+            .boot_deadline(LONG)
+    };
+    provision().start().await?;
+    let credential = taskmanager.issue_credential(&machine.guest).await?;
+    let issued = Issued::stored(credential, place)?;
     let handle = issued.connect().await?;
     let journal = SqliteJournal::open(place.join("journal.db")).await?;
     let agent = async {
@@ -322,10 +327,7 @@ async fn provisioned(
             .await
     };
     let prepared = async {
-        let outcome = taskmanager
-            .provision(machine.guest.clone(), "s1")
-            .boot_deadline(LONG)
-            .await?;
+        let outcome = provision().await?;
         expect(
             matches!(outcome, ProvisionOutcome::Succeeded { .. }),
             "the guest is provisioned",
@@ -344,6 +346,18 @@ async fn provisioned(
     while seen.try_recv().is_ok() {
         events += 1;
     }
+    taskmanager.delete(&machine.guest).await?;
+    let left = cx.connect().await?.credentials(long()).await?;
+    expect(
+        !left.contains(&machine.queue()),
+        "a deleted machine has no credential",
+        format!("{left:?}"),
+    )?;
+    must_be(
+        "a connect with a deleted machine's credential",
+        issued.connect().await,
+        &ErrorKind::AuthRefused,
+    )?;
     Ok(events)
 }
 
