@@ -152,6 +152,7 @@ pub(super) async fn revoke(link: &Link, address: &GuestAddress, deadline: Deadli
         return Ok(());
     };
     if link.options.operator_key.is_none() {
+        tracing::warn!(user, queue = %address.queue(), "a credential stays good until it runs out");
         return Err(unsupported(&format!(
             "a credential of NATS is taken back by telling its account, which needs the options \
              operator_key and system_creds: add them, or take back the user {user} with nsc revocations \

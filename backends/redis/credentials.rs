@@ -4,6 +4,8 @@
 //! to call the steps, on all keys of the guest's queue. So a stolen password calls what a guest calls, and
 //! what its steps do it may do by hand, to its own queue.
 
+use std::collections::HashMap;
+
 use redis::{Cmd, Value, cmd};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
@@ -48,6 +50,16 @@ pub(super) async fn issue(
     deadline: Deadline,
 ) -> Result<GuestCredential> {
     supported(core)?;
+    let default = DefaultUser::ask(core, deadline).await?;
+    if !default.whole {
+        // Seen on 7.0.15: the writes of every script were gone after a restart.
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "this server's user `default` has not all rights, and when it starts again it reads its \
+             append-only file as that user: what that may not do is thrown away, queues among it. Give it \
+             all rights and let nobody in as it: ACL SETUSER default off allkeys allchannels +@all",
+        ));
+    }
     let queue = address.queue();
     for load in scripts::functions() {
         match core.main.change(&load, deadline).await {
@@ -111,7 +123,7 @@ pub(super) async fn issue(
              has to be issued again",
         );
     }
-    if default_is_open(core, deadline).await? {
+    if default.open {
         credential = credential.with_exception(
             "this server lets in whoever says no password, as its user `default` and with all rights: \
              until that user has a password or is off, no credential keeps anybody from anything",
@@ -252,24 +264,42 @@ async fn keep(core: &Core, deadline: Deadline) -> Result<bool> {
     }
 }
 
-/// Whether anybody is let in.
-async fn default_is_open(core: &Core, deadline: Deadline) -> Result<bool> {
-    let mut get = cmd("ACL");
-    get.arg("GETUSER").arg("default");
-    let Value::Map(told) = core.main.call(&get, deadline).await? else {
-        return Ok(false);
-    };
-    let flags = told
-        .into_iter()
-        .find(|(name, _)| matches!(name, Value::BulkString(name) if name == b"flags"));
-    let flags: Vec<_> = match flags {
-        Some((_, Value::Array(flags) | Value::Set(flags))) => {
-            flags.into_iter().filter_map(text).collect()
-        }
-        _ => Vec::new(),
-    };
-    let has = |flag| flags.iter().any(|other| other == flag);
-    Ok(has("on") && has("nopass"))
+/// The user that whoever says no name is.
+struct DefaultUser {
+    /// Anybody is let in as it.
+    open: bool,
+    /// It may do everything, were it let in.
+    whole: bool,
+}
+
+impl DefaultUser {
+    async fn ask(core: &Core, deadline: Deadline) -> Result<Self> {
+        let mut get = cmd("ACL");
+        get.arg("GETUSER").arg("default");
+        let told = match core.main.call(&get, deadline).await? {
+            Value::Map(told) => told,
+            _ => Vec::new(),
+        };
+        let told: HashMap<_, _> = told
+            .into_iter()
+            .filter_map(|(name, value)| Some((text(name)?, value)))
+            .collect();
+        let flags: Vec<_> = match told.get("flags") {
+            Some(Value::Array(flags) | Value::Set(flags)) => {
+                flags.iter().cloned().filter_map(text).collect()
+            }
+            _ => Vec::new(),
+        };
+        let flag = |flag| flags.iter().any(|other| other == flag);
+        let is = |name, all| {
+            let value = told.get(name).cloned().and_then(text);
+            value.is_some_and(|value| value.split(' ').any(|part| part == all))
+        };
+        Ok(Self {
+            open: flag("on") && flag("nopass"),
+            whole: is("commands", "+@all") && is("keys", "~*") && is("channels", "&*"),
+        })
+    }
 }
 
 #[cfg(test)]
