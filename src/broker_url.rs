@@ -33,9 +33,13 @@ use crate::error::{Error, ErrorKind, Result};
 /// | | `guest` | the name of a guest's queue: this is its own credential, which [`Broker::issue_credential`](crate::Broker::issue_credential) writes |
 /// | `nats`, `tls` | `takeover` | seconds, 2 to 300 (4 is the default): how soon a consumer or a server that says nothing is given up. All that use one queue give the same |
 /// | | `replicas` | `1`, `3` or `5`: how many servers of a cluster hold each queue |
+/// | | `creds` | a NATS credentials file: who we are |
+/// | | `signing_key`, `expires` | a file with a signing key of the account, by which guests' credentials are signed, and how long each is good: `365d` (the default) at the most |
+/// | | `operator_key`, `system_creds` | files with the operator's key and a user of the system account: by them credentials are taken back |
 /// | | `assume_sync_always` | `true`: you vouch for `sync_interval: always` on every server; better is the tag `sync:always`, which is read |
 /// | `amqps`, `tls`, `rediss`, `rediss-sentinel` | `ca` | a PEM file: trust these authorities and no others |
 /// | | `cert`, `key` | PEM files: a client's certificate and its key |
+/// | `nats`, `tls`, all of `redis` | `guest`, `reports` | in a credential's URL: whose it is, and where its reports go |
 /// | all of `redis` | `lease` | `3s` (the default), 1 s to 60 s: how long a consumer or a lane is kept for one that gives no sign of life, and how long a connection may give none |
 /// | | `replicas` | `0` (the default) to `16`: nothing is Ok before so many replicas have it, on disk where the server can say that (7.2). With too few a publish is `Unknown` at its deadline |
 #[derive(Clone)]

@@ -189,6 +189,50 @@ impl fmt::Debug for Tls {
     }
 }
 
+/// What to do about a TLS handshake that failed as every later one will; `None`: it may pass, or is about
+/// something else. The clients tell what it was by their errors' text alone.
+pub(crate) fn tls_advice(error: &str) -> Option<&'static str> {
+    const KNOWN: [(&[&str], &str); 5] = [
+        (
+            &[
+                "unknownissuer",
+                "unknown issuer",
+                "self-signed",
+                "self signed",
+            ],
+            "the server's certificate is signed by an authority that is not trusted here: name that \
+             authority's certificate with the option ca",
+        ),
+        (
+            &["not valid for name", "notvalidforname"],
+            "the server's certificate is for another host name: connect by one that it names",
+        ),
+        (
+            &[
+                "certificate expired",
+                "certificate has expired",
+                "invalid peer certificate: expired",
+            ],
+            "the server's certificate has expired: the server needs a new one",
+        ),
+        (
+            // Servers written in Go say the second where there is none.
+            &["certificaterequired", "badcertificate"],
+            "the server wants a certificate of the client too, one that it trusts: name it and its key \
+             with the options cert and key",
+        ),
+        (
+            &["invalidcontenttype", "unexpected message in tls"],
+            "the server speaks no TLS at this port: use its port with TLS, or the scheme without",
+        ),
+    ];
+    let error = error.to_lowercase();
+    let known = KNOWN
+        .iter()
+        .find(|(words, _)| words.iter().any(|word| error.contains(word)));
+    known.map(|(_, advice)| *advice)
+}
+
 fn invalid(message: String) -> Error {
     Error::new(ErrorKind::InvalidUrl, message)
 }
@@ -196,6 +240,29 @@ fn invalid(message: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn s3_what_no_time_mends_is_told_from_what_passes() {
+        for (error, word) in [
+            ("invalid peer certificate: UnknownIssuer", "option ca"),
+            (
+                "invalid peer certificate: certificate not valid for name \"127.0.0.1\"",
+                "host name",
+            ),
+            ("invalid peer certificate: Expired", "expired"),
+            ("received fatal alert: CertificateRequired", "cert and key"),
+            ("received fatal alert: BadCertificate", "cert and key"),
+            (
+                "received corrupt message of type InvalidContentType",
+                "no TLS",
+            ),
+        ] {
+            assert!(tls_advice(error).is_some_and(|advice| advice.contains(word)));
+        }
+        for passes in ["Connection refused (os error 111)", "tls handshake eof", ""] {
+            assert_eq!(tls_advice(passes), None);
+        }
+    }
 
     #[test]
     fn further_hosts_are_read_strictly() {

@@ -22,6 +22,8 @@ pub mod durability;
 #[cfg(feature = "network")]
 mod endpoint;
 mod error;
+#[cfg(feature = "network")]
+mod guest_url;
 pub mod message;
 pub mod names;
 #[cfg(feature = "sign")]

@@ -23,6 +23,7 @@ use super::{closed, consume::Hold, options::Options, requests::Lane};
 use crate::{
     backoff::Backoff,
     deadline::Deadline,
+    endpoint::tls_advice,
     error::{Error, ErrorKind, Result},
 };
 
@@ -45,6 +46,8 @@ pub(super) struct State {
     /// What the server last refused us, and how often it did.
     denied: Option<Arc<str>>,
     denials: u64,
+    /// The server does not let us connect again.
+    pub(super) refused: bool,
 }
 
 /// One handle's connection, and what hangs on it.
@@ -113,17 +116,25 @@ impl Link {
                 Ok(Err(error)) => error,
                 Err(_) => return Err(unreachable(&options, "no answer by the deadline")),
             };
-            if matches!(
+            let why = in_full(&error);
+            let refused = matches!(
                 error.kind(),
                 ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation
-            ) {
+            );
+            // "User Authentication Expired", or "Revoked", which the client takes for any error.
+            if refused || why.to_lowercase().contains("authentication") {
                 return Err(Error::new(
                     ErrorKind::AuthRefused,
                     format!("{} refused these credentials", options.shown()),
                 ));
             }
+            if options.with_tls()
+                && let Some(advice) = tls_advice(&why)
+            {
+                return Err(unreachable(&options, &format!("{why}; {advice}")));
+            }
             if deadline.bound(backoff.pause()).await.is_err() {
-                return Err(unreachable(&options, &error.to_string()));
+                return Err(unreachable(&options, &why));
             }
         };
         // The client tells of its first connection as of every other.
@@ -175,6 +186,11 @@ impl Link {
         self.synced.store(synced, Ordering::Release);
     }
 
+    /// Whether a guest's credential is good no more.
+    pub(super) fn is_revoked(&self) -> bool {
+        self.options.guest.is_some() && self.state.borrow().refused
+    }
+
     pub(super) fn is_connected(&self) -> bool {
         self.state.borrow().connected
     }
@@ -209,8 +225,11 @@ impl Link {
             }
         };
         loop {
-            let ready = timeout_at(deadline.instant(), state.wait_for(|state| state.connected));
-            let now = match ready.await {
+            let ready = state.wait_for(|state| {
+                state.connected || (state.refused && self.options.guest.is_some())
+            });
+            let now = match timeout_at(deadline.instant(), ready).await {
+                Ok(Ok(state)) if !state.connected => return Err(Unanswered::NotSent(revoked())),
                 Ok(Ok(state)) => state.clone(),
                 Ok(Err(_)) => return Err(Unanswered::NotSent(closed())),
                 Err(_) => return Err(late(times, false)),
@@ -335,10 +354,32 @@ impl fmt::Debug for Link {
     }
 }
 
+/// An error with what caused it: the client's own words name the step alone.
+pub(super) fn in_full(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 pub(super) fn unreachable(options: &Options, why: &str) -> Error {
     Error::new(
         ErrorKind::BrokerUnreachable,
         format!("{} cannot be reached: {why}", options.shown()),
+    )
+}
+
+/// A guest's credential is good no more.
+pub(super) fn revoked() -> Error {
+    Error::new(
+        ErrorKind::AuthRefused,
+        "the server does not let this credential connect again: it was revoked, or has run out",
     )
 }
 
@@ -380,6 +421,7 @@ fn tell(state: &watch::Sender<State>, event: &Event) {
     match event {
         Event::Connected => state.send_modify(|state| {
             state.connected = true;
+            state.refused = false;
             state.generation += 1;
         }),
         Event::Disconnected | Event::Closed => state.send_modify(|state| state.connected = false),
@@ -397,6 +439,15 @@ fn tell(state: &watch::Sender<State>, event: &Event) {
                 });
             }
             tracing::debug!(error = text, "the server says");
+        }
+        Event::ClientError(error) => {
+            let text = error.to_string().to_lowercase();
+            if ["authorization violation", "authentication"]
+                .iter()
+                .any(|word| text.contains(word))
+            {
+                state.send_modify(|state| state.refused = true);
+            }
         }
         _ => {}
     }

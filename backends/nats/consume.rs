@@ -26,11 +26,12 @@ use super::{
     api::Fence,
     attach::{attach, delivered, lock_name, still_there, sweep},
     closed,
-    connection::{Link, gone, lock},
+    connection::{Link, gone, lock, revoked},
     form, keep,
     names::{Names, token},
     notes::{Mark, Notes, is_settled, now_ms, settle},
     settle::{self, Lease},
+    trays,
 };
 use crate::{
     broker::{ConsumeOptions, Consumer, Delivery},
@@ -288,6 +289,9 @@ async fn begin(
     tokio::spawn(keep::keep(Arc::clone(&hold), alive, attached.asked));
     tokio::spawn(write_notes(Arc::downgrade(&hold), notes, orders));
     tokio::spawn(run(Arc::clone(&hold), arrivals, inbox));
+    if !queue.is_commands() {
+        tokio::spawn(trays::collect(Arc::downgrade(&hold), queue.clone()));
+    }
     if hold.link.alive().is_err() {
         hold.release(true);
         return Err(closed());
@@ -370,6 +374,7 @@ impl Inner {
 
 fn ended(kind: &ErrorKind) -> Error {
     let text = match kind {
+        ErrorKind::AuthRefused => return revoked(),
         ErrorKind::QueueDeleted => "the queue was deleted",
         ErrorKind::Conflict => "another consumer took over while this one was cut off",
         _ => "the consumer ended",
@@ -378,6 +383,10 @@ fn ended(kind: &ErrorKind) -> Error {
 }
 
 impl Hold {
+    pub(super) fn is_attached(&self) -> bool {
+        lock(&self.inner).phase == Phase::Attached
+    }
+
     /// Lets it go; what was handed out stays with its holders unless `all` goes.
     pub(super) fn release(&self, all: bool) {
         let mut inner = lock(&self.inner);
@@ -696,7 +705,9 @@ async fn run(hold: Arc<Hold>, mut arrivals: Subscriber, inbox: String) {
             }
             _ = state.changed() => {
                 let now = state.borrow_and_update().generation;
-                if now != generation {
+                if hold.link.is_revoked() {
+                    hold.end(ErrorKind::AuthRefused);
+                } else if now != generation {
                     generation = now;
                     // What the server was asked on the old connection it has forgotten.
                     lock(&hold.inner).pulls.clear();

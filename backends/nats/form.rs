@@ -23,6 +23,7 @@ use crate::{
     broker::{DeadLetter, DeadLetterKey},
     broker_url::percent_decode,
     message::{Headers, Message, MessageId},
+    names::QueueName,
 };
 
 const ID: &str = "Nats-Msg-Id";
@@ -200,6 +201,21 @@ pub(super) fn base64(text: &str) -> Option<Vec<u8>> {
         }
     }
     Some(bytes)
+}
+
+/// The headers of a report as its guest wrote them, but for whom it is from; what could mean something to
+/// the server, besides the id, is not taken over.
+pub(super) fn sent_by(map: Option<&HeaderMap>, from: &QueueName) -> HeaderMap {
+    let mut own = HeaderMap::new();
+    for (name, values) in map.into_iter().flat_map(HeaderMap::iter) {
+        let text: &str = name.as_ref();
+        let known = [ID, OWN_ID, KIND, CONTENT_TYPE].contains(&text);
+        if let Some(value) = values.first().filter(|_| known || text.starts_with(USER)) {
+            own.insert(name.clone(), value.clone());
+        }
+    }
+    own.insert(FROM, from.as_str());
+    own
 }
 
 #[cfg(test)]

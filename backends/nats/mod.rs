@@ -19,6 +19,10 @@
 //! | `Q.ping`, `Q.lane.<token>` | the lane of requests, and where its responder says that it lives |
 //! | `wilco.lane.q.vm-0042.1` | the claim to the lane, in the stream `wilco~lanes`, in memory |
 //!
+//! Guests with a credential (`credentials`, `guest`) leave their reports on subjects of their own,
+//! `wilco.tray.r.main.q.vm-0042.1`, in the stream `wilco~trays` (`trays`); the stream `wilco~keys` has their
+//! public keys.
+//!
 //! The client connects again by itself, and what it was handed while it could not send it sends later or
 //! throws away, without a word. So nothing is handed to it while there is no connection, every call has an
 //! inbox of ours and its own deadline, and what has no answer when the connection was made again is sent
@@ -28,10 +32,13 @@ mod api;
 mod attach;
 mod connection;
 mod consume;
+mod credentials;
 mod dead;
 mod delete;
 mod durability;
 mod form;
+mod guest;
+mod jwt;
 mod keep;
 mod names;
 mod notes;
@@ -41,6 +48,7 @@ mod requests;
 mod settle;
 mod tls;
 mod topology;
+mod trays;
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -54,6 +62,7 @@ use crate::{
         Discarded, QueueSpec, QueueStatus, Receipt, Responder,
     },
     broker_url::BrokerUrl,
+    credential::GuestCredential,
     deadline::Deadline,
     durability::DurabilityReport,
     error::{Error, ErrorKind, Outcome, Result},
@@ -67,8 +76,11 @@ const BACKEND: &str = "nats";
 pub(crate) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Arc<dyn Broker>> {
     let connecting = async {
         let link = Link::open(Options::read(url)?, deadline).await?;
-        durability::preflight(&link, deadline).await?;
-        tokio::spawn(durability::watch(Arc::downgrade(&link)));
+        // A guest may not ask.
+        if link.options.guest.is_none() {
+            durability::preflight(&link, deadline).await?;
+            tokio::spawn(durability::watch(Arc::downgrade(&link)));
+        }
         Ok(link)
     };
     let link = connecting
@@ -203,6 +215,29 @@ impl Broker for Nats {
         durability::report(&self.link, deadline)
             .await
             .map_err(|error| error.with_operation("durability").with_backend(BACKEND))
+    }
+
+    async fn issue_credential(
+        &self,
+        address: &GuestAddress,
+        reports: &QueueName,
+        deadline: Deadline,
+    ) -> Result<GuestCredential> {
+        credentials::issue(&self.link, address, reports, deadline)
+            .await
+            .map_err(at("issue_credential", &address.queue()))
+    }
+
+    async fn revoke_credential(&self, address: &GuestAddress, deadline: Deadline) -> Result<()> {
+        credentials::revoke(&self.link, address, deadline)
+            .await
+            .map_err(at("revoke_credential", &address.queue()))
+    }
+
+    async fn credentials(&self, deadline: Deadline) -> Result<Vec<QueueName>> {
+        credentials::list(&self.link, deadline)
+            .await
+            .map_err(|error| error.with_operation("credentials").with_backend(BACKEND))
     }
 
     async fn close(&self, deadline: Deadline) -> Result<()> {

@@ -5,6 +5,10 @@ use crate::names::QueueName;
 /// The stream in which responders claim their lanes; it lives in the servers' memory.
 pub(super) const LANES: &str = "wilco~lanes";
 
+/// The stream of what guests with credentials report, and the one of their public keys.
+pub(super) const TRAYS: &str = "wilco~trays";
+pub(super) const KEYS: &str = "wilco~keys";
+
 /// A queue's names on the server. `wilco.q.vm-0042.1` is the stream `wilco~q~vm-0042~1`: a stream's name
 /// has no dots, and no queue's name has a tilde.
 #[derive(Clone, Debug)]
@@ -80,6 +84,33 @@ impl Names {
         self.base.replacen("wilco.", "wilco.lane.", 1)
     }
 
+    /// What the subjects begin with on which its guest is answered. Stored nowhere.
+    pub(super) fn inbox(&self) -> String {
+        format!("{}.inbox", self.base)
+    }
+
+    /// Where the public key of its guest is.
+    pub(super) fn key(&self) -> String {
+        self.base.replacen("wilco.", "wilco.key.", 1)
+    }
+
+    /// All trays of which this queue of reports gets what is in them.
+    pub(super) fn trays(&self) -> String {
+        format!("{}.>", self.base.replacen("wilco.", "wilco.tray.", 1))
+    }
+
+    /// The tray of one guest among them.
+    pub(super) fn tray_of(&self, guest: &QueueName) -> String {
+        let guest = guest.as_str().trim_start_matches("wilco.");
+        self.trays().replace('>', guest)
+    }
+
+    /// Whose tray this is.
+    pub(super) fn from_tray(&self, subject: &str) -> Option<QueueName> {
+        let guest = subject.strip_prefix(self.trays().trim_end_matches('>'))?;
+        format!("wilco.{guest}").parse().ok()
+    }
+
     /// What the stream keeps. A fenced stream takes no messages, and everything else.
     pub(super) fn subjects(&self, fenced: bool) -> Vec<String> {
         let mut subjects = vec![self.slot(0), self.slot(1), self.lock(), self.all_dead()];
@@ -107,7 +138,13 @@ mod tests {
             assert!(!names.stream.contains(['.', '*', '>', ' ', '/', '\\']));
             assert_eq!(Names::queue(&names.stream), Some(queue));
         }
-        assert_eq!(Names::queue(LANES), None);
+        for own in [LANES, TRAYS, KEYS] {
+            assert_eq!(Names::queue(own), None);
+        }
+        let reports = Names::of(&"wilco.r.main".parse().unwrap());
+        let guest: QueueName = "wilco.q.a=2E.1".parse().unwrap();
+        assert_eq!(reports.from_tray(&reports.tray_of(&guest)), Some(guest));
+        assert_eq!(reports.from_tray("wilco.tray.r.other.q.a.1"), None);
         assert_eq!(Names::queue("orders"), None);
     }
 }

@@ -31,6 +31,14 @@ pub(super) async fn publish(
 ) -> Result<Receipt> {
     link.alive()?;
     let names = Names::of(queue);
+    // Whoever collects the reports takes them on from there.
+    let subject = match &link.options.guest {
+        None => names.input(),
+        Some(guest) => {
+            guest.0.may_publish(queue)?;
+            guest.tray()
+        }
+    };
     let limit = largest_body(link);
     if message.body.len() as u64 > limit {
         return Err(Error::new(
@@ -60,13 +68,7 @@ pub(super) async fn publish(
     let mut outcome = Outcome::NotStored;
     loop {
         let answer = match link
-            .call(
-                &names.input(),
-                Some(&headers),
-                &message.body,
-                true,
-                deadline,
-            )
+            .call(&subject, Some(&headers), &message.body, true, deadline)
             .await
         {
             Ok(answer) => answer,
@@ -76,11 +78,15 @@ pub(super) async fn publish(
         if !answer.first {
             outcome = Outcome::Unknown;
         }
+        if answer.nobody() && link.options.guest.is_some() {
+            return Err(no_queue().with_outcome(outcome));
+        }
         if !answer.nobody() {
             let value = json_of(&answer).map_err(|error| error.with_outcome(Outcome::Unknown))?;
             let confirm = confirmed(&value).map_err(|error| error.with_outcome(outcome))?;
             // One that was sent twice from here is its own duplicate, and may have been taken since.
-            if !confirm.duplicate || outcome == Outcome::Unknown {
+            // A guest may not look what became of the first.
+            if !confirm.duplicate || outcome == Outcome::Unknown || link.options.guest.is_some() {
                 return Ok(Receipt::new(confirm.duplicate));
             }
             let there = link.holds(&names, confirm.sequence, deadline).await;
@@ -130,6 +136,6 @@ fn confirmed(value: &Value) -> Result<Confirm> {
 }
 
 /// The largest body that this server takes, whatever headers come with it, now and as a dead letter.
-fn largest_body(link: &Link) -> u64 {
+pub(super) fn largest_body(link: &Link) -> u64 {
     link.client.max_payload().saturating_sub(MAX_HEADER_BYTES) as u64
 }

@@ -28,7 +28,7 @@ use super::{
     api::{Refusal, WRONG_LAST_SEQUENCE, json_of},
     attach::is_gone,
     closed,
-    connection::{Answer, Link, Unanswered, gone, lock, unreachable},
+    connection::{Answer, Link, Unanswered, gone, lock, revoked, unreachable},
     names::{LANES, Names, token},
 };
 use crate::{
@@ -218,6 +218,8 @@ async fn claim(link: &Link, names: &Names, token: &str, deadline: Deadline) -> R
         let there = current(link, names, deadline).await?;
         let expected = match there {
             None => 0,
+            // One that was left by a guest, which may not take it away.
+            Some((sequence, other)) if other.is_empty() => sequence,
             Some((sequence, other)) => {
                 if !is_gone(link, &names.attending(&other), deadline).await? {
                     return Err(Error::new(
@@ -236,6 +238,9 @@ async fn claim(link: &Link, names: &Names, token: &str, deadline: Deadline) -> R
 
 /// The claim that stands, and whose it is.
 async fn current(link: &Link, names: &Names, deadline: Deadline) -> Result<Option<(u64, String)>> {
+    if link.options.guest.is_some() {
+        return current_of_own(link, names, deadline).await;
+    }
     let body = json!({ "last_by_subj": names.claim() });
     let verb = format!("STREAM.MSG.GET.{LANES}");
     match link.api(&verb, &body, deadline).await? {
@@ -250,6 +255,24 @@ async fn current(link: &Link, names: &Names, deadline: Deadline) -> Result<Optio
         }
         Err(_) => Ok(None),
     }
+}
+
+/// The same for a guest, which may read this one subject and nobody else's.
+async fn current_of_own(
+    link: &Link,
+    names: &Names,
+    deadline: Deadline,
+) -> Result<Option<(u64, String)>> {
+    let subject = format!("$JS.API.DIRECT.GET.{LANES}.{}", names.claim());
+    let nothing = Bytes::new();
+    let answer = link.call(&subject, None, &nothing, true, deadline).await;
+    let message = answer.map_err(Unanswered::into_error)?.message;
+    let sequence = message.headers.as_ref().and_then(|map| {
+        let sequence = map.get("Nats-Sequence")?;
+        sequence.as_str().parse().ok()
+    });
+    let token = String::from_utf8_lossy(&message.payload).into_owned();
+    Ok(sequence.map(|sequence| (sequence, token)))
 }
 
 /// Stores a claim if the one that stands is the expected one; `None`: it is not.
@@ -272,6 +295,12 @@ async fn put(
             .await
             .map_err(Unanswered::into_error)?;
         if answer.nobody() {
+            if link.options.guest.is_some() {
+                return Err(Error::new(
+                    ErrorKind::BrokerRefused,
+                    "lanes cannot be claimed yet: the control plane makes the stream for that",
+                ));
+            }
             make_stream(link, deadline).await?;
             continue;
         }
@@ -290,7 +319,8 @@ async fn put(
     }
 }
 
-async fn make_stream(link: &Link, deadline: Deadline) -> Result<()> {
+/// Makes the stream of claims, from which each can be read by its subject alone.
+pub(super) async fn make_stream(link: &Link, deadline: Deadline) -> Result<()> {
     let config = json!({
         "name": LANES,
         "description": "who attends which lane of wilco's",
@@ -303,14 +333,17 @@ async fn make_stream(link: &Link, deadline: Deadline) -> Result<()> {
         "max_bytes": -1,
         "max_age": u64::try_from(CLAIM.as_nanos()).unwrap_or(u64::MAX),
         "num_replicas": link.options.replicas.unwrap_or(1),
+        "allow_direct": true,
     });
-    match link
-        .api(&format!("STREAM.CREATE.{LANES}"), &config, deadline)
-        .await?
-    {
+    let verb = format!("STREAM.CREATE.{LANES}");
+    match link.api(&verb, &config, deadline).await? {
         Ok(_) => Ok(()),
-        // Made otherwise by somebody else, which is good enough.
-        Err(refusal) if refusal.code == super::api::STREAM_EXISTS => Ok(()),
+        // Made otherwise, by an earlier release perhaps.
+        Err(refusal) if refusal.code == super::api::STREAM_EXISTS => {
+            let verb = format!("STREAM.UPDATE.{LANES}");
+            let updated = link.api(&verb, &config, deadline).await?;
+            updated.map(drop).map_err(Refusal::into_error)
+        }
         Err(refusal) => Err(refusal.into_error()),
     }
 }
@@ -348,7 +381,10 @@ async fn listen(lane: Arc<Lane>, mut alive: Subscriber, mut questions: Subscribe
             _ = renew.tick() => lane.renew().await,
             _ = state.changed() => {
                 let now = state.borrow_and_update().generation;
-                if now != generation {
+                if lane.link.is_revoked() {
+                    lock(&lane.waiting).ended = Some(ErrorKind::AuthRefused);
+                    lane.leave();
+                } else if now != generation {
                     generation = now;
                     // The server may have started anew, and its memory with it.
                     lane.renew().await;
@@ -358,7 +394,8 @@ async fn listen(lane: Arc<Lane>, mut alive: Subscriber, mut questions: Subscribe
         }
     }
     // Whoever asked while the server did not know yet is told so (law R2).
-    let waiting = std::mem::take(&mut *lock(&lane.waiting)).questions;
+    // Why it ended stays there, for who looks after this.
+    let waiting = std::mem::take(&mut lock(&lane.waiting).questions);
     for question in waiting {
         tell_nobody(&lane.link, question).await;
     }
@@ -368,7 +405,7 @@ async fn listen(lane: Arc<Lane>, mut alive: Subscriber, mut questions: Subscribe
     }
     drop((questions, alive));
     let claim = *lock(&lane.claim);
-    unclaim(&lane.link, claim).await;
+    lane.unclaim(claim).await;
     lane.over.send_replace(true);
 }
 
@@ -419,6 +456,16 @@ impl Lane {
         }
     }
 
+    async fn unclaim(&self, claim: u64) {
+        if self.link.options.guest.is_none() {
+            return unclaim(&self.link, claim).await;
+        }
+        let deadline = Deadline::after(PATIENCE);
+        if let Err(error) = put(&self.link, &self.names, "", claim, deadline).await {
+            tracing::debug!(%error, "a lane's claim is left to time");
+        }
+    }
+
     fn leave(&self) {
         self.left.store(true, Ordering::Release);
         self.leave.notify_one();
@@ -455,10 +502,10 @@ impl Responder for Attending {
             {
                 let mut waiting = lock(&self.lane.waiting);
                 if let Some(kind) = &waiting.ended {
-                    return Err(Error::new(
-                        kind.clone(),
-                        "another responder took the lane over",
-                    ));
+                    return Err(match kind {
+                        ErrorKind::AuthRefused => revoked(),
+                        kind => Error::new(kind.clone(), "another responder took the lane over"),
+                    });
                 }
                 if self.lane.left.load(Ordering::Acquire) {
                     return Err(closed());

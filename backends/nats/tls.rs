@@ -18,24 +18,24 @@ use crate::{
 
 pub(super) fn apply(connect: ConnectOptions, tls: &Tls) -> Result<ConnectOptions> {
     let connect = connect.require_tls(true);
-    let Some(authorities) = &tls.authorities else {
-        if tls.identity.is_some() {
-            return Err(invalid(
-                "options cert and key need the option ca with them: the authorities to trust"
-                    .into(),
-            ));
-        }
+    if tls.authorities.is_none() && tls.identity.is_none() {
         // The client builds its own from the system's authorities, with the process's provider.
         if CryptoProvider::get_default().is_none() {
             let _ = ring::default_provider().install_default();
         }
         return Ok(connect);
-    };
+    }
     let mut roots = RootCertStore::empty();
-    for certificate in certificates(authorities, "ca")? {
-        roots
-            .add(certificate)
-            .map_err(|error| invalid(format!("option ca: {error}")))?;
+    match &tls.authorities {
+        Some(authorities) => {
+            for certificate in certificates(authorities, "ca")? {
+                roots
+                    .add(certificate)
+                    .map_err(|error| invalid(format!("option ca: {error}")))?;
+            }
+        }
+        // As the client does where it has no identity to show. Some of a system's are of odd forms.
+        None => _ = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs),
     }
     let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()

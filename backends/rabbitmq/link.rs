@@ -32,7 +32,7 @@ use super::{
 use crate::{
     backoff::Backoff,
     deadline::Deadline,
-    endpoint::{Endpoint, Host},
+    endpoint::{Endpoint, Host, tls_advice},
     error::{Error, ErrorKind, Result},
 };
 
@@ -215,6 +215,8 @@ pub(super) enum Now {
     Down(Option<String>),
     /// The broker does not want us. It is asked again, but callers need not wait for that.
     Refused(String),
+    /// Every address has something wrong about its TLS that no time mends; as with a refusal.
+    Wrong(String),
     Up(Arc<Wire>),
 }
 
@@ -256,6 +258,7 @@ impl Link {
         match there {
             Ok(Ok(Now::Up(wire))) => Ok(wire),
             Ok(Ok(Now::Refused(why))) => Err(Error::new(ErrorKind::AuthRefused, why)),
+            Ok(Ok(Now::Wrong(why))) => Err(unreachable(&why)),
             Ok(Ok(Now::Down(_)) | Err(_)) => Err(super::closed()),
             Err(_) => Err(self.unreachable()),
         }
@@ -272,13 +275,10 @@ impl Link {
     /// What is in the way.
     pub(super) fn unreachable(&self) -> Error {
         let why = match &*self.now.borrow() {
-            Now::Down(Some(why)) => why.clone(),
+            Now::Down(Some(why)) | Now::Wrong(why) => why.clone(),
             _ => "no answer yet".to_owned(),
         };
-        Error::new(
-            ErrorKind::BrokerUnreachable,
-            format!("the broker cannot be reached: {why}"),
-        )
+        unreachable(&why)
     }
 
     /// Ends the connection, after what is on its way.
@@ -289,6 +289,13 @@ impl Link {
             wire.until_dead().await;
         }
     }
+}
+
+fn unreachable(why: &str) -> Error {
+    Error::new(
+        ErrorKind::BrokerUnreachable,
+        format!("the broker cannot be reached: {why}"),
+    )
 }
 
 async fn supervise(
@@ -308,6 +315,8 @@ async fn supervise(
             () = now.closed() => {}
         }
     };
+    // Of the addresses tried since all of them were.
+    let mut wrong = 0_u32;
     loop {
         let host = &endpoint.hosts[attempts % endpoint.hosts.len()];
         attempts += 1;
@@ -365,7 +374,14 @@ async fn supervise(
             }
             Ok(Err(error)) => {
                 let why = format!("{host}: {}", failed(&endpoint, &error));
-                now.send_replace(Now::Down(Some(why)));
+                let advice = tls_advice(&why).filter(|_| endpoint.tls.is_some());
+                wrong += u32::from(advice.is_some());
+                let why = advice.map_or(why.clone(), |advice| format!("{why}; {advice}"));
+                now.send_replace(if wrong as usize >= endpoint.hosts.len() {
+                    Now::Wrong(why)
+                } else {
+                    Now::Down(Some(why))
+                });
             }
             Err(_) => {
                 let why = format!("{host}: no answer within {ATTEMPT:?}");
@@ -374,6 +390,7 @@ async fn supervise(
         }
         // A cluster's next address is tried at once.
         if attempts % endpoint.hosts.len() == 0 {
+            wrong = 0;
             tokio::select! {
                 () = backoff.pause() => {}
                 () = unwanted(&now) => return,

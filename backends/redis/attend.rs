@@ -136,7 +136,10 @@ impl Attendant {
             .listen(&channel, Ear::Wake(Arc::clone(&self.hold.wake)));
         let live = core.main.live(deadline).await?;
         self.prepare(&live).await;
-        let mut call = scripts::on_queue(&scripts::ATTACH, &self.hold.queue);
+        let mut call = core
+            .dialer
+            .calls()
+            .on_queue(&scripts::ATTACH, &self.hold.queue);
         call.arg(&self.hold.token).arg(claims::lease_ms(&self.hold));
         self.renew_later();
         // Its answer may be lost: asking again under the same token is the same place.
@@ -406,7 +409,12 @@ impl Attendant {
         let mut from = "-".to_owned();
         let mut strange = Vec::new();
         loop {
-            let mut call = scripts::on_queue(&scripts::HELD, &self.hold.queue);
+            let mut call = self
+                .hold
+                .core
+                .dialer
+                .calls()
+                .on_queue(&scripts::HELD, &self.hold.queue);
             call.arg(&self.hold.token).arg(&self.epoch).arg(&from);
             let held = match live.call(&call).await {
                 Ok(value) => claims::read_held(value).flatten(),

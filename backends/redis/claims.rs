@@ -30,7 +30,11 @@ pub(super) enum Claim {
 }
 
 pub(super) fn claim(hold: &Hold, epoch: &str, renew: bool, want: usize) -> Cmd {
-    let mut call = scripts::on_queue(&scripts::CLAIM, &hold.queue);
+    let mut call = hold
+        .core
+        .dialer
+        .calls()
+        .on_queue(&scripts::CLAIM, &hold.queue);
     call.arg(&hold.token)
         .arg(epoch)
         .arg(lease_ms(hold))
@@ -165,7 +169,11 @@ pub(super) struct Batch {
 
 impl Batch {
     pub(super) fn call(&self, hold: &Hold, epoch: &str) -> Cmd {
-        let mut call = scripts::on_queue(&scripts::SETTLE, &hold.queue);
+        let mut call = hold
+            .core
+            .dialer
+            .calls()
+            .on_queue(&scripts::SETTLE, &hold.queue);
         let acks = self.ops.iter().filter(|op| op.is_ack());
         call.arg(&hold.token)
             .arg(epoch)

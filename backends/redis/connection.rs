@@ -4,11 +4,10 @@ use std::{
     fmt,
     future::Future,
     ops::Deref,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::AtomicU64},
 };
 
 use tokio::sync::{mpsc, watch};
-use uuid::Uuid;
 
 use super::{
     closed,
@@ -24,16 +23,18 @@ use crate::{broker_url::BrokerUrl, deadline::Deadline, error::Result};
 pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Handle> {
     let dialer = Arc::new(Dialer::of(url)?);
     let (strays, stray) = mpsc::channel(256);
-    let reply_channel = format!("wilco:reply:{}", Uuid::new_v4().simple());
-    let router = Arc::new(Router::new(reply_channel, strays));
+    let router = Arc::new(Router::new(strays));
     let main = Arc::new(Link::start(&dialer, &router, true));
     main.live(deadline).await?;
     let (working, worked) = mpsc::channel(1);
     tokio::spawn(requests::tell_strays(Arc::downgrade(&main), stray));
-    tokio::spawn(durability::watch(
-        Arc::downgrade(&main),
-        Arc::clone(&dialer),
-    ));
+    // A guest may not ask for it.
+    if dialer.guest.is_none() {
+        tokio::spawn(durability::watch(
+            Arc::downgrade(&main),
+            Arc::clone(&dialer),
+        ));
+    }
     Ok(Handle(Arc::new(Core {
         dialer,
         router,
@@ -41,6 +42,7 @@ pub(super) async fn connect(url: &BrokerUrl, deadline: Deadline) -> Result<Handl
         bulk: OnceLock::new(),
         publisher: Mutex::new(None),
         attended: Attended::default(),
+        hears: AtomicU64::new(0),
         closing: watch::Sender::new(false),
         work: Mutex::new(Some(working)),
         worked: tokio::sync::Mutex::new(worked),
@@ -67,6 +69,8 @@ pub(super) struct Core {
     bulk: OnceLock<Arc<Link>>,
     publisher: Mutex<Option<mpsc::Sender<Item>>>,
     pub(super) attended: Attended,
+    /// The connection of `main` over which answers come, once something was asked.
+    pub(super) hears: AtomicU64,
     closing: watch::Sender<bool>,
     /// Held by every task that has something to finish; None once closed.
     work: Mutex<Option<mpsc::Sender<()>>>,
@@ -116,7 +120,7 @@ impl Core {
         }
         let link = self.bulk();
         let (items, inbox) = mpsc::channel(Publisher::ROOM);
-        self.work(Publisher::new(link, inbox, self.closing()).run())?;
+        self.work(Publisher::new(link, self.dialer.guest.clone(), inbox, self.closing()).run())?;
         *publisher = Some(items.clone());
         Ok(items)
     }

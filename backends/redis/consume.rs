@@ -20,6 +20,7 @@ use super::{
     connection::{Core, Handle, lock},
     router::Wake,
     ticket::{Answer, Ticket},
+    trays,
 };
 use crate::{
     broker::{ConsumeOptions, Consumer, Delivery, Lease, Settlement},
@@ -57,12 +58,16 @@ pub(super) async fn consume(
         hold: Arc::clone(&hold),
     };
     let (reply, attached) = oneshot::channel();
+    let stage = hold.stage.clone();
     let attendant = Attendant::new(hold, inbox, stages);
     core.work(attendant.attend(deadline, reply))?;
     match deadline.bound(attached).await {
         Ok(Ok(answer)) => answer?,
         Ok(Err(_)) => return Err(super::closed()),
         Err(late) => return Err(core.main.trouble().unwrap_or(late)),
+    }
+    if !queue.is_commands() {
+        tokio::spawn(trays::collect(Arc::clone(core), queue.clone(), stage));
     }
     Ok(Box::new(consumer))
 }

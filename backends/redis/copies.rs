@@ -25,7 +25,7 @@ use super::{
 const HELD: Duration = Duration::from_millis(200);
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// A channel to which nobody listens: replicas are told of what is sent there all the same.
+/// Where an admin says what nobody is to hear.
 pub(super) const NOBODY: &str = "wilco:reply:copies";
 
 /// How many copies are wanted, and where.
@@ -37,9 +37,9 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    fn question(self) -> Pipeline {
+    fn question(self, nobody: &str) -> Pipeline {
         let mut question = redis::pipe();
-        question.cmd("PUBLISH").arg(NOBODY).arg("");
+        question.cmd("PUBLISH").arg(nobody).arg("");
         if self.on_disk {
             question.cmd("WAITAOF").arg(1);
         } else {
@@ -142,10 +142,11 @@ impl Copying {
     pub(super) async fn run<'a>(
         mut self,
         mut connection: MultiplexedConnection,
+        nobody: &str,
         short: &watch::Sender<Option<String>>,
         is_superseded: impl Fn() -> BoxFuture<'a, bool>,
     ) -> String {
-        let question = self.wanted.question();
+        let question = self.wanted.question(nobody);
         let mut shortages = 0_u32;
         loop {
             let made = *self.made.borrow();

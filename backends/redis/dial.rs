@@ -16,14 +16,16 @@ use super::{
     copies::{NOBODY, Wanted},
     failure::Failure,
     form::text,
+    guest,
     router::{Pushes, Router},
-    scripts,
+    scripts::{self, Calls},
     sentinel::{Sentinels, Word},
 };
 use crate::{
     broker_url::BrokerUrl,
     endpoint::{Endpoint, Host, TLS_OPTIONS},
     error::{Error, ErrorKind, Result},
+    guest_url::{AsGuest, GUEST_OPTIONS},
 };
 
 /// Where the server is and how it is spoken to.
@@ -35,6 +37,12 @@ pub(super) struct Dialer {
     pub(super) lease: Duration,
     /// How many replicas have what is confirmed; 0: none is waited for.
     pub(super) replicas: u32,
+    /// Set where this handle has a guest's credential.
+    pub(super) guest: Option<AsGuest>,
+    pub(super) url: BrokerUrl,
+    /// How many addresses there are, and which database.
+    pub(super) hosts: usize,
+    pub(super) database: i64,
 }
 
 /// How the server that takes writes is found.
@@ -69,6 +77,7 @@ impl Dialer {
         let with_tls = url.scheme().starts_with("rediss");
         let by_sentinels = url.scheme().ends_with("-sentinel");
         let mut known = vec!["lease", "replicas"];
+        known.extend(GUEST_OPTIONS);
         if with_tls {
             known.extend(TLS_OPTIONS);
         }
@@ -82,7 +91,7 @@ impl Dialer {
         let replicas = url.option("replicas", "a number from 0 to 16", |text| {
             text.parse().ok().filter(|number| *number <= MOST_REPLICAS)
         })?;
-        let way = if by_sentinels {
+        let (way, database, hosts) = if by_sentinels {
             let endpoint = Endpoint::of(url, SENTINEL_PORT, with_tls)?;
             let path = endpoint.path.clone().unwrap_or_default();
             let (name, database) = path.split_once('/').unwrap_or((&path, ""));
@@ -95,7 +104,9 @@ impl Dialer {
                 ));
             }
             let database = database_of(url, Some(database).filter(|text| !text.is_empty()))?;
-            Way::Sentinels(Box::new(Sentinels::of(endpoint.clone(), name, database)?))
+            let hosts = endpoint.hosts.len();
+            let sentinels = Sentinels::of(endpoint.clone(), name, database)?;
+            (Way::Sentinels(Box::new(sentinels)), database, hosts)
         } else {
             let endpoint = Endpoint::of(url, DEFAULT_PORT, with_tls)?;
             let database = database_of(url, endpoint.path.as_deref())?;
@@ -103,14 +114,27 @@ impl Dialer {
                 .hosts
                 .iter()
                 .map(|host| Ok((host.clone(), client(&endpoint, host, database)?)));
-            Way::Addresses(clients.collect::<Result<_>>()?)
+            let way = Way::Addresses(clients.collect::<Result<_>>()?);
+            (way, database, endpoint.hosts.len())
         };
         Ok(Self {
             way,
             with_tls,
             lease: lease.unwrap_or(Duration::from_secs(3)),
             replicas: replicas.unwrap_or(0),
+            guest: AsGuest::of(url)?,
+            url: url.clone(),
+            hosts,
+            database,
         })
+    }
+
+    /// How steps are called over its connections.
+    pub(super) fn calls(&self) -> Calls {
+        match &self.guest {
+            None => Calls::Scripts,
+            Some(_) => Calls::Functions,
+        }
     }
 
     /// A connection to the first of the addresses that answers as a master, or to the master that the
@@ -151,7 +175,12 @@ impl Dialer {
                     });
                 }
                 Ok(Err(Failure::Broken(what))) => {
-                    failure = Failure::Broken(format!("{host}{over}: {what}"));
+                    // One that speaks no TLS waits for more of a line that never ends.
+                    let hint = match self.with_tls && what.contains("timed out") {
+                        true => "; a server that speaks no TLS at this port says nothing either",
+                        false => "",
+                    };
+                    failure = Failure::Broken(format!("{host}{over}: {what}{hint}"));
                 }
                 Ok(Err(refused)) => {
                     let auth = *refused.error().kind() == ErrorKind::AuthRefused;
@@ -192,7 +221,6 @@ impl Dialer {
         pushes: Pushes,
         listens: bool,
     ) -> Result<(MultiplexedConnection, Option<Wanted>), Failure> {
-        let reply_channel = pushes.router.reply_channel.clone();
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.lease))
             // Each call is bound by its own deadline, and the whole by `link`: the default of 500 ms
@@ -206,15 +234,17 @@ impl Dialer {
             .map_err(|error| Failure::of(&error))?;
         // All in one round trip: a far server is slow enough without more.
         let mut setup = redis::pipe();
-        setup.cmd("ROLE");
+        if self.guest.is_none() {
+            setup.cmd("ROLE");
+        } else {
+            // It may not ask.
+            setup.cmd("PING");
+        }
         if self.replicas > 0 {
             // Whether this user may ask, and whether the server can say more.
-            setup.cmd("PUBLISH").arg(NOBODY).arg("");
+            setup.cmd("PUBLISH").arg(self.nobody()).arg("");
             setup.cmd("WAIT").arg(0).arg(1);
             setup.cmd("WAITAOF").arg(1).arg(0).arg(1);
-        }
-        if listens {
-            setup.cmd("SUBSCRIBE").arg(reply_channel);
         }
         let answers = all(&mut connection, &setup).await?;
         let mut answers = answers.into_iter();
@@ -242,8 +272,18 @@ impl Dialer {
         for answer in answers {
             answered(Ok(answer))?;
         }
-        bring_scripts(&connection, listens).await;
+        if self.guest.is_none() {
+            bring_scripts(&connection, listens).await;
+        }
         Ok((connection, copies))
+    }
+
+    /// A channel to which nobody listens: replicas are told of what is sent there all the same.
+    pub(super) fn nobody(&self) -> String {
+        match &self.guest {
+            None => NOBODY.into(),
+            Some(guest) => guest::nobody(guest),
+        }
     }
 }
 
@@ -387,6 +427,9 @@ mod tests {
             "redis://h/?replicas=-1",
             "redis://h/?replicas=17",
             "redis://h/?ca=x",
+            "redis://h/?guest=wilco.q.a.1",
+            "redis://h/?guest=x&reports=wilco.r.main",
+            "redis://h/?guest=wilco.q.a.1&reports=wilco.q.b.1",
             "redis://h/?cluster=true",
             "redis-sentinel://h",
             "redis-sentinel://h//3",

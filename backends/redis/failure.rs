@@ -96,6 +96,11 @@ fn meaning(code: &str, text: &str) -> (ErrorKind, &'static str) {
             ErrorKind::AuthRefused,
             "; check the user, its password and its rights",
         ),
+        "ERR" if text.contains("Function not found") => (
+            ErrorKind::BrokerRefused,
+            "; what a guest of this release calls is brought when its credential is issued: issue it again, \
+             with this release or a later one",
+        ),
         "OOM" => (
             ErrorKind::BrokerRefused,
             "; the server has used up its maxmemory: raise it, or consume what waits",

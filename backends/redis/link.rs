@@ -33,6 +33,7 @@ use super::{
 use crate::{
     backoff::Backoff,
     deadline::Deadline,
+    endpoint::tls_advice,
     error::{Error, ErrorKind, Result},
 };
 
@@ -124,12 +125,12 @@ impl Link {
     /// Waits for the connection.
     ///
     /// # Errors
-    /// `AuthRefused` at once; `BrokerUnreachable` with what is in the way at the deadline.
+    /// `AuthRefused` at once, and so what is wrong about TLS for good; `BrokerUnreachable` with what is in the way at the deadline.
     pub(super) async fn live(&self, deadline: Deadline) -> Result<Live> {
         let mut phase = self.phase.clone();
         let settled = phase.wait_for(|phase| match phase {
             Phase::Up(_) | Phase::Ended => true,
-            Phase::Down(failure) => is_auth(failure),
+            Phase::Down(failure) => is_auth(failure) || advice(failure).is_some(),
         });
         match deadline.bound(settled).await {
             Ok(Ok(phase)) => match &*phase {
@@ -198,6 +199,14 @@ pub(super) fn is_auth(failure: &Failure) -> bool {
     *failure.error().kind() == ErrorKind::AuthRefused
 }
 
+/// What to do about one that no time mends.
+fn advice(failure: &Failure) -> Option<&'static str> {
+    match failure {
+        Failure::Broken(what) => tls_advice(what),
+        Failure::Refused { .. } => None,
+    }
+}
+
 fn unreachable(failure: &Failure) -> Error {
     match failure {
         refused if is_auth(refused) => refused.error(),
@@ -205,10 +214,13 @@ fn unreachable(failure: &Failure) -> Error {
             ErrorKind::BrokerUnreachable,
             format!("the broker cannot be used yet: {code} {text}"),
         ),
-        Failure::Broken(what) => Error::new(
-            ErrorKind::BrokerUnreachable,
-            format!("the broker cannot be reached: {what}"),
-        ),
+        Failure::Broken(what) => {
+            let advice = tls_advice(what).map_or(String::new(), |advice| format!("; {advice}"));
+            Error::new(
+                ErrorKind::BrokerUnreachable,
+                format!("the broker cannot be reached: {what}{advice}"),
+            )
+        }
     }
 }
 
@@ -376,9 +388,14 @@ impl Keeper {
         let mut ends = self.ends.clone();
         let copier = connection.clone();
         let copy = async {
+            let nobody = self.dialer.nobody();
             let is_superseded = || self.dialer.is_superseded(&host).boxed();
             match copying {
-                Some(copying) => copying.run(copier, &self.shortage, is_superseded).await,
+                Some(copying) => {
+                    copying
+                        .run(copier, &nobody, &self.shortage, is_superseded)
+                        .await
+                }
                 None => std::future::pending().await,
             }
         };

@@ -20,6 +20,10 @@
 //! | `dead` | stream | dead letters |
 //! | `sent` | hash | the last answers to each sender, so that a send that broke off is not done twice |
 //! | `lane` | string | the token of the guest that serves the lane; expires with its lease |
+//! | `tray` | stream | what a guest with a credential reported and nobody has collected yet |
+//!
+//! Beside them is the hash `wilco:credentials`: to which queue of reports each guest with a credential
+//! reports, by the names of the queues (`credentials`, `guest`, `trays`).
 //!
 //! An id is forgotten once its message was acked or is a dead letter, as on the embedded broker: from
 //! then on the guest's journal recognises it.
@@ -48,10 +52,12 @@ mod claims;
 mod connection;
 mod consume;
 mod copies;
+mod credentials;
 mod dial;
 mod durability;
 mod failure;
 mod form;
+mod guest;
 mod link;
 mod publish;
 mod requests;
@@ -60,6 +66,7 @@ mod scripts;
 mod sentinel;
 mod ticket;
 mod topology;
+mod trays;
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -73,6 +80,7 @@ use crate::{
         Discarded, QueueSpec, QueueStatus, Receipt, Responder,
     },
     broker_url::BrokerUrl,
+    credential::GuestCredential,
     deadline::Deadline,
     durability::DurabilityReport,
     error::{Error, ErrorKind, Outcome, Result},
@@ -215,6 +223,29 @@ impl Broker for Redis {
         durability::report(&self.handle, deadline)
             .await
             .map_err(during("durability"))
+    }
+
+    async fn issue_credential(
+        &self,
+        address: &GuestAddress,
+        reports: &QueueName,
+        deadline: Deadline,
+    ) -> Result<GuestCredential> {
+        credentials::issue(&self.handle, address, reports, deadline)
+            .await
+            .map_err(at("issue_credential", &address.queue()))
+    }
+
+    async fn revoke_credential(&self, address: &GuestAddress, deadline: Deadline) -> Result<()> {
+        credentials::revoke(&self.handle, address, deadline)
+            .await
+            .map_err(at("revoke_credential", &address.queue()))
+    }
+
+    async fn credentials(&self, deadline: Deadline) -> Result<Vec<QueueName>> {
+        credentials::list(&self.handle, deadline)
+            .await
+            .map_err(during("credentials"))
     }
 
     async fn close(&self, deadline: Deadline) -> Result<()> {

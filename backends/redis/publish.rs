@@ -20,14 +20,17 @@ use super::{
     connection::Core,
     failure::{Failure, odd},
     form::{self, text},
+    guest,
     link::{Link, Live, Phase},
-    no_queue, scripts,
+    no_queue,
+    scripts::{self, Calls},
     ticket::{Answer, Ticket},
 };
 use crate::{
     broker::Receipt,
     deadline::Deadline,
     error::{Error, ErrorKind, Outcome, Result},
+    guest_url::AsGuest,
     message::Message,
     names::QueueName,
 };
@@ -51,6 +54,9 @@ pub(super) async fn publish(
     deadline: Deadline,
 ) -> Result<Receipt> {
     let publisher = core.publisher()?;
+    if let Some(guest) = &core.dialer.guest {
+        guest.may_publish(queue)?;
+    }
     if message.body.len() > MAX_BODY_BYTES {
         let limit = MAX_BODY_BYTES as u64;
         return Err(Error::new(
@@ -142,6 +148,7 @@ type Flight = BoxFuture<'static, (Batch, Result<Value, Failure>, Live)>;
 /// The task that publishes, for one handle.
 pub(super) struct Publisher {
     link: Arc<Link>,
+    guest: Option<AsGuest>,
     inbox: mpsc::Receiver<Item>,
     closing: watch::Receiver<bool>,
     /// Who we are to the server, as long as this handle lives.
@@ -161,11 +168,13 @@ impl Publisher {
 
     pub(super) fn new(
         link: Arc<Link>,
+        guest: Option<AsGuest>,
         inbox: mpsc::Receiver<Item>,
         closing: watch::Receiver<bool>,
     ) -> Self {
         Self {
             link,
+            guest,
             inbox,
             closing,
             sender: Uuid::new_v4().simple().to_string(),
@@ -298,7 +307,11 @@ impl Publisher {
 
     /// Sends a batch. It is polled once here, so that batches reach the connection in this order.
     async fn launch(&mut self, live: &Live, batch: Batch) {
-        let mut call = scripts::on_queue(&scripts::PUBLISH, &batch.queue);
+        let mut call = match &self.guest {
+            None => scripts::on_queue(&scripts::PUBLISH, &batch.queue),
+            // Whoever collects the reports takes them on from there.
+            Some(guest) => Calls::Functions.on_keys(&scripts::POST, &[guest::tray(guest)]),
+        };
         call.arg("PUBLISH")
             .arg(format!("{}:{}", self.sender, batch.slot))
             .arg(batch.turn)

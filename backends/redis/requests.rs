@@ -1,5 +1,5 @@
 //! Requests: a question goes over pub/sub to whoever holds the guest's lane, its answer comes back to
-//! the asker's own channel. Nothing is stored.
+//! a channel that belongs to that lane and this asker. Nothing is stored.
 //!
 //! The lane is a lease under a token, and each token has a channel of its own, so a guest that lost its
 //! lane hears nothing more. A killed guest's subscription goes with its connection, at once; one that
@@ -30,6 +30,7 @@ use super::{
     BACKEND, at,
     connection::{Core, Handle, lock},
     consume::Lost,
+    failure::Failure,
     link::{Link, Live, Phase, is_auth},
     router::Ear,
     scripts,
@@ -40,6 +41,9 @@ use crate::{
     error::{Error, ErrorKind, Result},
     names::QueueName,
 };
+
+/// Longer than any reply channel, the longest name of a queue in it, with its number.
+const MOST_HEAD: usize = 320;
 
 /// The most questions that wait for one responder; more are dropped, and their askers told nothing.
 const WAITING: usize = 2048;
@@ -90,9 +94,19 @@ async fn exchange(
         Some(live) => live,
         None => core.main.live(deadline).await?,
     };
-    let mut expected = core.router.expect();
-    let head = format!("{} {}\n", core.router.reply_channel, expected.number);
-    let mut call = scripts::on_keys(&scripts::ASK, &[scripts::key(queue, "lane")]);
+    if core.hears.load(Ordering::Acquire) < live.turn {
+        // By a pattern, once for a connection: a guest's rights are on the channels of its own lane (S1).
+        let mut hear = cmd("PSUBSCRIBE");
+        hear.arg(core.router.answers());
+        match live.call(&hear).await {
+            Ok(_) => _ = core.hears.fetch_max(live.turn, Ordering::AcqRel),
+            Err(failure) => return broke(&live, failure).await,
+        }
+    }
+    let mut expected = core.router.expect(queue);
+    let head = format!("{} {}\n", expected.channel, expected.number);
+    let calls = core.dialer.calls();
+    let mut call = calls.on_keys(&scripts::ASK, &[scripts::key(queue, "lane")]);
     call.arg("PUBLISH").arg([head.as_bytes(), body].concat());
     match live.call(&call).await {
         Ok(Value::Int(0)) => {
@@ -103,12 +117,7 @@ async fn exchange(
             core.attended.now(queue);
             asked.store(true, Ordering::Relaxed);
         }
-        Err(failure) if failure.is_broken() || failure.is_passing() => {
-            live.give_up(&failure);
-            live.until_lost().await;
-            return Ok(None);
-        }
-        Err(failure) => return Err(failure.error()),
+        Err(failure) => return broke(&live, failure).await,
     }
     tokio::select! {
         answer = &mut expected.answer => match answer {
@@ -118,6 +127,16 @@ async fn exchange(
         },
         () = live.until_lost() => Ok(None),
     }
+}
+
+/// A question that was not put: again over another connection, if that is all that is wrong.
+async fn broke(live: &Live, failure: Failure) -> Result<Option<Bytes>> {
+    if !failure.is_broken() && !failure.is_passing() {
+        return Err(failure.error());
+    }
+    live.give_up(&failure);
+    live.until_lost().await;
+    Ok(None)
 }
 
 /// The lanes that somebody was found at. A question that a slow server has not passed on by its deadline
@@ -187,15 +206,18 @@ pub(super) struct Asked {
 
 impl Asked {
     /// None: not of our form (S2).
-    pub(super) fn read(payload: Vec<u8>) -> Option<Self> {
-        let end = payload.iter().take(128).position(|byte| *byte == b'\n')?;
+    pub(super) fn read(lane: &str, payload: Vec<u8>) -> Option<Self> {
+        let end = payload
+            .iter()
+            .take(MOST_HEAD)
+            .position(|byte| *byte == b'\n')?;
         if payload.len() - end - 1 > MAX_REQUEST_BYTES {
             return None;
         }
         let (channel, number) = std::str::from_utf8(&payload[..end]).ok()?.split_once(' ')?;
         let (reply_channel, number) = (channel.to_owned(), number.parse().ok()?);
-        // Answers go to an asker and nowhere else.
-        reply_channel.starts_with("wilco:reply:").then_some(())?;
+        // Answers go to an asker of this lane and nowhere else.
+        reply_channel.strip_prefix(lane)?.strip_prefix("reply:")?;
         Some(Self {
             reply_channel,
             number,
@@ -285,7 +307,11 @@ impl Lane {
     }
 
     fn take(&self) -> Cmd {
-        let mut call = scripts::on_keys(&scripts::LANE, std::slice::from_ref(&self.key));
+        let mut call = self
+            .core
+            .dialer
+            .calls()
+            .on_keys(&scripts::LANE, std::slice::from_ref(&self.key));
         call.arg(&self.token)
             .arg(self.core.dialer.lease.as_millis());
         call
@@ -374,7 +400,11 @@ impl Lane {
     async fn leave(self) {
         let channel = self.channel();
         if let Some(live) = self.core.main.now() {
-            let mut leave = scripts::on_keys(&scripts::LEAVE, std::slice::from_ref(&self.key));
+            let mut leave = self
+                .core
+                .dialer
+                .calls()
+                .on_keys(&scripts::LEAVE, std::slice::from_ref(&self.key));
             leave.arg(&self.token);
             // If it does not arrive, the lease ends by itself.
             let _ = live.call(&leave).await;
@@ -462,22 +492,29 @@ impl Reply for Answering {
 mod tests {
     use super::*;
 
+    const LANE: &str = "wilco:{q}:";
+
     #[test]
     fn s2_hostile_questions_are_dropped() {
         for bytes in [
             "",
             "\n",
             "x",
-            "wilco:reply:a\nx",
+            "wilco:{q}:reply:a\nx",
             "other 1\nx",
-            "wilco:reply:a x\n",
+            "wilco:{p}:reply:a 1\nx",
+            "wilco:{q}:reply:a x\n",
         ] {
-            assert!(Asked::read(bytes.into()).is_none(), "{bytes:?}");
+            assert!(Asked::read(LANE, bytes.into()).is_none(), "{bytes:?}");
         }
-        let mut long = b"wilco:reply:a 1\n".to_vec();
+        let mut long = b"wilco:{q}:reply:a 1\n".to_vec();
         long.resize(long.len() + MAX_REQUEST_BYTES + 1, 0);
-        assert!(Asked::read(long).is_none());
-        let asked = Asked::read(b"wilco:reply:a 7\nx\ny".to_vec()).unwrap();
+        assert!(Asked::read(LANE, long).is_none());
+        let queue = format!("wilco.q.{}.{}", "a".repeat(128), u64::MAX);
+        let lane = format!("wilco:{{{queue}}}:");
+        let longest = format!("{lane}reply:{} {}\nx", "0".repeat(32), u64::MAX);
+        assert!(Asked::read(&lane, longest.into()).is_some());
+        let asked = Asked::read(LANE, b"wilco:{q}:reply:a 7\nx\ny".to_vec()).unwrap();
         assert_eq!((asked.number, &asked.body[..]), (7, &b"x\ny"[..]));
     }
 }

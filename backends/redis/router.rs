@@ -17,24 +17,39 @@ use redis::{
     aio::{AsyncPushSender, SendError},
 };
 use tokio::sync::{
-    Notify,
+    Notify, broadcast,
     mpsc::{self, error::TrySendError},
     oneshot, watch,
 };
 
-use super::{connection::lock, requests::Asked};
+use uuid::Uuid;
+
+use super::{connection::lock, requests::Asked, scripts};
+use crate::names::QueueName;
 
 /// What a handle listens to, over all its connections one after the other.
 #[derive(Debug)]
 pub(super) struct Router {
     channels: Mutex<HashMap<String, Ear>>,
-    answers: Mutex<HashMap<u64, oneshot::Sender<Option<Bytes>>>>,
+    answers: Mutex<HashMap<u64, Asker>>,
     next: AtomicU64,
-    /// The channel on which this handle's answers come.
-    pub(super) reply_channel: String,
+    /// What the channels end with on which this handle's answers come, one for each lane.
+    answers_to: String,
+    /// Whose tray has something in it.
+    pub(super) trays: broadcast::Sender<QueueName>,
     /// Questions for a lane that was left a moment ago: they are told so.
     strays: mpsc::Sender<Asked>,
 }
+
+/// Who waits for an answer, and the channel on which it may come: a guest answers for itself alone (S1).
+#[derive(Debug)]
+struct Asker {
+    channel: String,
+    answer: oneshot::Sender<Option<Bytes>>,
+}
+
+/// How many trays are remembered until they are looked into; with more, all are.
+const TRAYS: usize = 1024;
 
 #[derive(Clone, Debug)]
 pub(super) enum Ear {
@@ -63,12 +78,13 @@ impl Wake {
 }
 
 impl Router {
-    pub(super) fn new(reply_channel: String, strays: mpsc::Sender<Asked>) -> Self {
+    pub(super) fn new(strays: mpsc::Sender<Asked>) -> Self {
         Self {
             channels: Mutex::default(),
             answers: Mutex::default(),
             next: AtomicU64::new(1),
-            reply_channel,
+            answers_to: format!("reply:{}", Uuid::new_v4().simple()),
+            trays: broadcast::Sender::new(TRAYS),
             strays,
         }
     }
@@ -81,44 +97,66 @@ impl Router {
         lock(&self.channels).remove(channel);
     }
 
+    /// The channels on which this handle's answers come, as one pattern.
+    pub(super) fn answers(&self) -> String {
+        scripts::everywhere(&self.answers_to)
+    }
+
     /// Waits for an answer under a new number; none is kept once the waiting is dropped (R5).
-    pub(super) fn expect(self: &Arc<Self>) -> Expected {
+    pub(super) fn expect(self: &Arc<Self>, lane: &QueueName) -> Expected {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = oneshot::channel();
-        lock(&self.answers).insert(number, sender);
+        let channel = scripts::key(lane, &self.answers_to);
+        let asker = Asker {
+            channel: channel.clone(),
+            answer: sender,
+        };
+        lock(&self.answers).insert(number, asker);
         Expected {
             router: Arc::clone(self),
             number,
+            channel,
             answer,
         }
     }
 
-    fn message(&self, channel: &[u8], payload: Vec<u8>) {
-        if channel == self.reply_channel.as_bytes() {
+    /// What came by a pattern: an answer, or word of a tray.
+    fn matched(&self, channel: &str, payload: Vec<u8>) {
+        if channel.ends_with(&self.answers_to) {
             if let Some((number, answer)) = read_answer(payload) {
-                // Late or never asked: dropped (R5).
-                let asker = lock(&self.answers).remove(&number);
-                if let Some(asker) = asker {
-                    let _ = asker.send(answer);
+                let mut answers = lock(&self.answers);
+                // Late, never asked, or not by whom was asked: dropped (R5).
+                let is_asked = |asker: &Asker| asker.channel == channel;
+                if answers.get(&number).is_some_and(is_asked)
+                    && let Some(asker) = answers.remove(&number)
+                {
+                    let _ = asker.answer.send(answer);
                 }
             }
-            return;
+        } else if let Some(queue) = scripts::queue_of(channel, scripts::TRAY) {
+            // Nobody may listen: then nobody needs to know.
+            let _ = self.trays.send(queue);
         }
+    }
+
+    fn message(&self, channel: &[u8], payload: Vec<u8>) {
         let Ok(channel) = std::str::from_utf8(channel) else {
             return;
         };
         let ear = lock(&self.channels).get(channel).cloned();
+        // What all channels of a queue begin with.
+        let of = channel.split_inclusive("}:").next().unwrap_or_default();
         match ear {
             Some(Ear::Wake(wake)) => wake.look(),
             Some(Ear::Lane(lane)) => {
-                if let Some(asked) = Asked::read(payload)
+                if let Some(asked) = Asked::read(of, payload)
                     && let Err(TrySendError::Closed(asked)) = lane.try_send(asked)
                 {
                     let _ = self.strays.try_send(asked);
                 }
             }
             None => {
-                if let Some(asked) = Asked::read(payload) {
+                if let Some(asked) = Asked::read(of, payload) {
                     let _ = self.strays.try_send(asked);
                 }
             }
@@ -140,6 +178,8 @@ fn read_answer(payload: Vec<u8>) -> Option<(u64, Option<Bytes>)> {
 pub(super) struct Expected {
     router: Arc<Router>,
     pub(super) number: u64,
+    /// Where it comes.
+    pub(super) channel: String,
     /// None: whoever heard it serves the lane no more.
     pub(super) answer: oneshot::Receiver<Option<Bytes>>,
 }
@@ -170,6 +210,15 @@ impl AsyncPushSender for Pushes {
                     self.router.message(&channel, payload);
                 }
             }
+            PushKind::PMessage => {
+                let mut data = info.data.into_iter().skip(1);
+                if let (Some(Value::BulkString(channel)), Some(Value::BulkString(payload))) =
+                    (data.next(), data.next())
+                    && let Ok(channel) = std::str::from_utf8(&channel)
+                {
+                    self.router.matched(channel, payload);
+                }
+            }
             _ => {}
         }
         Ok(())
@@ -179,6 +228,21 @@ impl AsyncPushSender for Pushes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn s1_a_guest_answers_for_itself_alone() {
+        let (strays, _) = mpsc::channel(1);
+        let router = Arc::new(Router::new(strays));
+        let (a, b) = ("wilco.q.a.1", "wilco.q.b.1");
+        let mut expected = router.expect(&b.parse().unwrap());
+        let answer = format!("{} a\nx", expected.number).into_bytes();
+        let own = expected.channel.clone();
+        router.matched(&own.replace(b, a), answer.clone());
+        assert!(expected.answer.try_recv().is_err());
+        router.matched(&own, answer);
+        let answer = expected.answer.try_recv().unwrap();
+        assert_eq!(answer.as_deref(), Some(&b"x"[..]));
+    }
 
     #[test]
     fn s2_hostile_answers_are_dropped() {

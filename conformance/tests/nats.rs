@@ -21,7 +21,6 @@ const HARNESS: Nats = Nats;
 const NOT_RUN: &[&str] = &[
     "f6_any_node_killed_loses_nothing",
     "f9_an_alarm_refuses_and_loses_nothing",
-    "s1_a_guests_credential_is_worth_one_queue",
 ];
 
 macro_rules! one {

@@ -17,7 +17,7 @@ use wilco_conformance::{
 
 const HARNESS: Redis = Redis;
 
-const NOT_RUN: &[&str] = &["s1_a_guests_credential_is_worth_one_queue"];
+const NOT_RUN: &[&str] = &[];
 
 macro_rules! one {
     ($section:ident $name:ident) => {

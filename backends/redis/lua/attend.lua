@@ -61,10 +61,12 @@ end
 
 -- All that a token holds goes back, and the token is forgotten.
 local function release(token, limit)
-  local waits = false
+  local waits, before = false, nil
   while true do
     local held = redis.call('XPENDING', STREAM, GROUP, '-', '+', 200, token)
-    if #held == 0 then break end
+    -- Each turn takes some away; with a token that no consumer has it would not.
+    if #held == 0 or held[1][1] == before then break end
+    before = held[1][1]
     for _, one in ipairs(held) do
       if put_back(one[1], one[4], limit, 0) then waits = true end
     end
@@ -76,7 +78,8 @@ end
 
 -- Takes from those whose lease has ended (C1).
 local function sweep(at, me, limit)
-  for _, token in ipairs(redis.call('ZRANGEBYSCORE', HOLDERS, '-inf', at)) do
+  -- A few at a time: the rest comes with the next call.
+  for _, token in ipairs(redis.call('ZRANGEBYSCORE', HOLDERS, '-inf', at, 'LIMIT', 0, 64)) do
     if token ~= me then release(token, limit) end
   end
 end

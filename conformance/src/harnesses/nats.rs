@@ -1,4 +1,7 @@
-//! `nats-server` as a private process.
+//! `nats-server` as a private process; for credentials, one whose users are signed (`operator`).
+
+mod operator;
+mod theft;
 
 use std::{
     env, fs,
@@ -19,7 +22,7 @@ use tokio::{
 use wilco::{Broker, QueueName, durability::Level};
 
 use crate::{
-    harness::{Facts, Faults, Harness, Server, Unavailable, Use},
+    harness::{Attempt, Facts, Faults, Harness, Server, Theft, Unavailable, Use},
     process::{Process, free_port},
 };
 
@@ -68,14 +71,18 @@ impl Harness for Nats {
         "nats"
     }
 
-    async fn start(&self, _usage: Use) -> Result<Box<dyn Server>, String> {
+    async fn start(&self, usage: Use) -> Result<Box<dyn Server>, String> {
         let program = program();
         let (version, numbers) = version(&program)?;
         let syncs = numbers >= SYNCS_SINCE;
         let directory = TempDir::with_prefix("wilco-nats-").map_err(|error| error.to_string())?;
         let port = free_port().map_err(|error| error.to_string())?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let configured = configure(directory.path(), address, syncs);
+        let (signed, options) = match usage {
+            Use::Credentials => operator::set_up(directory.path())?,
+            _ => (String::new(), String::new()),
+        };
+        let configured = configure(directory.path(), address, syncs, &signed);
         configured.map_err(|error| error.to_string())?;
         let process = Process::new(address, directory, move |directory| {
             let mut command = Command::new(&program);
@@ -86,13 +93,19 @@ impl Harness for Nats {
             process,
             version,
             syncs,
+            options,
         };
         server.up().await?;
         Ok(Box::new(server))
     }
 }
 
-fn configure(directory: &Path, address: SocketAddr, syncs: bool) -> std::io::Result<()> {
+fn configure(
+    directory: &Path,
+    address: SocketAddr,
+    syncs: bool,
+    signed: &str,
+) -> std::io::Result<()> {
     let (sync, tags) = if syncs {
         (
             ", sync_interval: always",
@@ -103,7 +116,7 @@ fn configure(directory: &Path, address: SocketAddr, syncs: bool) -> std::io::Res
     };
     let configuration = format!(
         "server_name: wilco\nlisten: \"{address}\"\njetstream {{ store_dir: \"{}\"{sync} }}\n{tags}\
-         max_payload: 8MB\nping_interval: \"1s\"\nping_max: 2\n",
+         max_payload: 8MB\nping_interval: \"1s\"\nping_max: 2\n{signed}",
         directory.join("data").display()
     );
     fs::write(directory.join("nats.conf"), configuration)
@@ -114,16 +127,21 @@ struct NatsServer {
     process: Process,
     version: String,
     syncs: bool,
+    /// What a control plane's URL ends with, where users are signed.
+    options: String,
 }
 
 impl NatsServer {
     fn url(&self) -> String {
-        format!("nats://{}", self.process.address())
+        self.url_via(self.process.address())
     }
 
     /// Starts it and waits until JetStream answers.
     async fn up(&self) -> Result<(), String> {
         let address = self.process.address();
+        if !self.options.is_empty() {
+            return self.process.start(move || operator::is_up(address)).await;
+        }
         // A closure that returns a future, not an async one, whose future is not known to be Send.
         self.process.start(move || is_up(address)).await
     }
@@ -192,6 +210,16 @@ impl Server for NatsServer {
         self.up().await.map_err(Unavailable::because)
     }
 
+    fn admin_url(&self) -> Result<String, Unavailable> {
+        Ok(self.url())
+    }
+
+    async fn forbidden(&self, theft: &Theft<'_>) -> Result<Vec<Attempt>, Unavailable> {
+        theft::forbidden(self.process.address(), theft)
+            .await
+            .map_err(|error| Unavailable::because(format!("the server cannot be asked: {error}")))
+    }
+
     fn faults(&self) -> Result<&dyn Faults, Unavailable> {
         Ok(self)
     }
@@ -220,7 +248,7 @@ impl Faults for NatsServer {
     }
 
     fn url_via(&self, proxy: SocketAddr) -> String {
-        format!("nats://{proxy}")
+        format!("nats://{proxy}{}", self.options)
     }
 }
 

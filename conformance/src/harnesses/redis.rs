@@ -1,10 +1,12 @@
 //! Redis or Valkey: a private server for each check, with every write synced before its answer; and, for
-//! the law on clusters, three with their sentinels (`sentinels`).
+//! the law on clusters, three with their sentinels (`sentinels`); for credentials, one that lets in nobody
+//! without (`theft`).
 
 mod sentinels;
+mod theft;
 
 use std::{
-    env,
+    env, fs,
     net::SocketAddr,
     path::Path,
     process::{Command, Stdio},
@@ -21,11 +23,17 @@ use tokio::{
 use wilco::{Broker, QueueName, durability::Level};
 
 use crate::{
-    harness::{Facts, Faults, Harness, Server, Unavailable, Use},
+    harness::{Attempt, Facts, Faults, Harness, Server, Theft, Unavailable, Use},
     process::{Process, free_port},
 };
 
 pub use sentinels::Sentinels;
+
+/// The file of the server's users, and those that it begins with. Nobody is let in as `default`, which has
+/// all rights all the same: the server reads its append-only file as that user, and drops what it may not.
+const USERS: &str = "users.acl";
+const ADMIN: (&str, &str) = ("admin", "conformance");
+const ADMIN_ALONE: &str = "user default off ~* &* +@all\nuser admin on >conformance ~* &* +@all\n";
 
 /// A lease of 3 s, and a second until the next one looks.
 const TAKEOVER: Duration = Duration::from_secs(4);
@@ -51,10 +59,23 @@ impl Harness for Redis {
         let directory = TempDir::with_prefix("wilco-redis-").map_err(|error| error.to_string())?;
         let port = free_port().map_err(|error| error.to_string())?;
         let address = SocketAddr::from(([127, 0, 0, 1], port));
+        let closed = usage == Use::Credentials;
+        if closed {
+            let users = fs::write(directory.path().join(USERS), ADMIN_ALONE);
+            users.map_err(|error| error.to_string())?;
+        }
         let process = Process::new(address, directory, move |directory| {
-            command(&program, directory, port)
+            let mut command = command(&program, directory, port);
+            if closed {
+                command.arg("--aclfile").arg(directory.join(USERS));
+            }
+            command
         });
-        let server = RedisServer { process, version };
+        let server = RedisServer {
+            process,
+            version,
+            closed,
+        };
         server.start_process().await?;
         Ok(Box::new(server))
     }
@@ -119,11 +140,17 @@ fn command(program: &str, directory: &Path, port: u16) -> Command {
 struct RedisServer {
     process: Process,
     version: String,
+    /// Whether it lets in nobody without a password.
+    closed: bool,
 }
 
 impl RedisServer {
     fn url(&self) -> String {
         self.url_via(self.process.address())
+    }
+
+    fn url_at(&self, address: SocketAddr, login: &str) -> String {
+        format!("redis://{login}{address}/0")
     }
 
     async fn start_process(&self) -> Result<(), String> {
@@ -136,7 +163,10 @@ async fn start_process(process: &Process) -> Result<(), String> {
     let address = process.address();
     process
         .start(move || async move {
-            matches!(ask(address, &["PING"]).await, Ok(answer) if answer == ["PONG"])
+            match ask(address, &["PING"]).await {
+                Ok(answer) => answer == ["PONG"],
+                Err(error) => error.to_string().contains("NOAUTH"),
+            }
         })
         .await
 }
@@ -203,7 +233,18 @@ impl Server for RedisServer {
     }
 
     fn refused_url(&self) -> Result<String, Unavailable> {
-        Ok(self.url().replacen("://", "://nobody:wrong@", 1))
+        let open = self.url_at(self.process.address(), "");
+        Ok(open.replacen("://", "://nobody:wrong@", 1))
+    }
+
+    fn admin_url(&self) -> Result<String, Unavailable> {
+        Ok(self.url())
+    }
+
+    async fn forbidden(&self, theft: &Theft<'_>) -> Result<Vec<Attempt>, Unavailable> {
+        theft::forbidden(self.process.address(), theft)
+            .await
+            .map_err(|error| Unavailable::because(format!("the server cannot be asked: {error}")))
     }
 
     fn faults(&self) -> Result<&dyn Faults, Unavailable> {
@@ -235,7 +276,12 @@ impl Faults for RedisServer {
     }
 
     fn url_via(&self, proxy: SocketAddr) -> String {
-        format!("redis://{proxy}/0")
+        let (user, password) = ADMIN;
+        let login = match self.closed {
+            true => format!("{user}:{password}@"),
+            false => String::new(),
+        };
+        self.url_at(proxy, &login)
     }
 
     async fn alarm(&self, on: bool) -> Result<(), Unavailable> {
@@ -256,6 +302,13 @@ struct Raw(BufReader<TcpStream>);
 impl Raw {
     async fn connect(address: SocketAddr) -> std::io::Result<Self> {
         Ok(Self(BufReader::new(TcpStream::connect(address).await?)))
+    }
+
+    /// A connection of this user's.
+    async fn login(address: SocketAddr, user: &str, password: &str) -> std::io::Result<Self> {
+        let mut raw = Self::connect(address).await?;
+        raw.ask(&["AUTH", user, password]).await?;
+        Ok(raw)
     }
 
     /// Every text and number of the answer, in its order.
