@@ -15,20 +15,12 @@ pub(crate) const GUEST_OPTIONS: [&str; 2] = ["guest", "reports"];
 pub(crate) const AUTHORITIES: &str = "ca.pem";
 
 /// Whose credential it is: one machine's, by its queue, which reports to this queue.
-#[cfg_attr(
-    not(any(feature = "redis", feature = "nats")),
-    allow(dead_code, reason = "not every backend has such URLs")
-)]
 #[derive(Clone, Debug)]
 pub(crate) struct AsGuest {
     pub(crate) queue: QueueName,
     pub(crate) reports: QueueName,
 }
 
-#[cfg_attr(
-    not(any(feature = "redis", feature = "nats")),
-    allow(dead_code, reason = "not every backend has such URLs")
-)]
 impl AsGuest {
     /// Reads a URL; `None`: it is of no credential.
     ///

@@ -22,7 +22,7 @@ pub mod durability;
 #[cfg(feature = "network")]
 mod endpoint;
 mod error;
-#[cfg(feature = "network")]
+#[cfg(any(feature = "nats", feature = "redis"))]
 mod guest_url;
 pub mod message;
 pub mod names;

@@ -106,7 +106,7 @@ impl Names {
     }
 
     /// Whose tray this is.
-    pub(super) fn from_tray(&self, subject: &str) -> Option<QueueName> {
+    pub(super) fn whose_tray(&self, subject: &str) -> Option<QueueName> {
         let guest = subject.strip_prefix(self.trays().trim_end_matches('>'))?;
         format!("wilco.{guest}").parse().ok()
     }
@@ -143,8 +143,8 @@ mod tests {
         }
         let reports = Names::of(&"wilco.r.main".parse().unwrap());
         let guest: QueueName = "wilco.q.a=2E.1".parse().unwrap();
-        assert_eq!(reports.from_tray(&reports.tray_of(&guest)), Some(guest));
-        assert_eq!(reports.from_tray("wilco.tray.r.other.q.a.1"), None);
+        assert_eq!(reports.whose_tray(&reports.tray_of(&guest)), Some(guest));
+        assert_eq!(reports.whose_tray("wilco.tray.r.other.q.a.1"), None);
         assert_eq!(Names::queue("orders"), None);
     }
 }

@@ -139,7 +139,7 @@ async fn take(link: &Link, names: &Names, message: &Message) -> Result<()> {
         return Ok(());
     };
     let deadline = Deadline::after(link.options.takeover);
-    let from = names.from_tray(&message.subject);
+    let from = names.whose_tray(&message.subject);
     let headers = from.map(|from| form::sent_by(message.headers.as_ref(), &from));
     if let Some(headers) = headers {
         let bytes = |(name, values): (&async_nats::HeaderName, &Vec<async_nats::HeaderValue>)| {

@@ -288,7 +288,6 @@ async fn refused(what: &str, url: &str) -> (String, Duration) {
     let text = error.to_string().to_lowercase();
     let about_tls = ["tls", "certificate", "handshake"];
     assert!(about_tls.iter().any(|word| text.contains(word)), "{told}");
-    println!("after {took:?}: {told}");
     (told, took)
 }
 
