@@ -20,6 +20,9 @@ pub mod durability;
 #[cfg(feature = "network")]
 mod endpoint;
 mod error;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod message;
 pub mod names;
 #[cfg(feature = "sign")]
