@@ -22,6 +22,9 @@ pub mod durability;
 #[cfg(feature = "network")]
 mod endpoint;
 mod error;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(any(feature = "nats", feature = "redis"))]
 mod guest_url;
 pub mod message;

@@ -16,6 +16,16 @@
 //!
 //! On a guest's lane an [`Ask`] goes there and an [`Answer`] comes back.
 //!
+//! What is longer or deeper is refused, before it is parsed where that can be known before (law S2):
+//!
+//! | | at most |
+//! | --- | --- |
+//! | a body | [`MAX_BODY_BYTES`] |
+//! | the nesting of JSON, but for payloads, results and details | 128 |
+//! | the same of a payload, when its handler reads it | 128 |
+//! | headers | [`Headers::MAX_COUNT`](crate::Headers::MAX_COUNT), [`Headers::MAX_BYTES`](crate::Headers::MAX_BYTES) together |
+//! | ids, kinds, content types | [`MessageId::MAX_BYTES`] |
+//!
 //! Commands and questions can be signed, which changes nothing for readers that do not check it: a
 //! command's signature travels in the headers `wilco-key`, `wilco-issued`, `wilco-expires` and
 //! `wilco-signature`, a question's in a member `signature`. What is signed, byte for byte, is told in the module

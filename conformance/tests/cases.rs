@@ -1,4 +1,4 @@
-//! Every case of the workflow (W1 to W40 but W35, F7) on every broker that processes can share.
+//! Every case of the workflow (W1 to W40, F7) on every broker that processes can share.
 
 mod common;
 

@@ -21,6 +21,16 @@ async fn is_set(flag: &mut tokio::sync::watch::Receiver<bool>) {
     let _ = flag.wait_for(|set| *set).await;
 }
 
+/// What a taskmanager makes of a record that a store gave back.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz_drive(record: &Record) {
+    let mut record = record.clone();
+    let _ = (machine::todo(&record), machine::next_tick_ms(&record));
+    for _ in 0..4 {
+        machine::apply(&mut record, machine::Event::Tick, u64::MAX / 2);
+    }
+}
+
 /// The name of a control plane that is given none.
 pub(crate) const DEFAULT_NAME: &str = "main";
 

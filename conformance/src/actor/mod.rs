@@ -44,6 +44,9 @@ pub enum Order {
         within_ms: u64,
         /// Where to stop.
         stop: Option<Stop>,
+        /// The file of the key to sign with.
+        #[serde(default)]
+        sign: Option<PathBuf>,
     },
     /// Be a guest too.
     Guest(GuestOrder),
@@ -124,6 +127,9 @@ pub struct GuestOrder {
     pub again: bool,
     /// Where to stop.
     pub stop: Option<Stop>,
+    /// The file of the keys to trust.
+    #[serde(default)]
+    pub trust: Option<PathBuf>,
 }
 
 /// What a prepare does after its effect.

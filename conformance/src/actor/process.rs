@@ -17,7 +17,7 @@ use tokio::{
 };
 use wilco::{
     Broker, Cancelled, Deadline, Failure, Guest, GuestAddress, GuestId, HostProbe, HostState,
-    Interrupted, Served, SqliteJournal, SqliteRecords, Taskmanager,
+    Interrupted, Served, SigningKey, SqliteJournal, SqliteRecords, Taskmanager, Trust,
 };
 
 use super::{Act, GuestOrder, Order, Told, points::Points, watched::Watched};
@@ -50,9 +50,11 @@ pub async fn run(url: &str) -> Result<(), String> {
                 records,
                 within_ms,
                 stop,
+                sign,
             } => {
                 actor.points.stop_at(stop);
-                match actor.control(&name, &records, within_ms).await {
+                let sign = sign.as_deref();
+                match actor.control(&name, &records, within_ms, sign).await {
                     Ok(taskmanager) => {
                         control = Some(taskmanager);
                         tell(&Told::Ready)?;
@@ -108,11 +110,16 @@ impl Actor {
         name: &str,
         records: &Path,
         within_ms: u64,
+        sign: Option<&Path>,
     ) -> wilco::Result<Taskmanager> {
         let broker = self.connect(within_ms).await?;
         let inner = SqliteRecords::open(records).await?;
         let points = self.points.clone();
-        let taskmanager = Taskmanager::named(name, broker, Watched { inner, points }).await?;
+        let mut opening = Taskmanager::with(broker, Watched { inner, points }).named(name);
+        if let Some(path) = sign {
+            opening = opening.sign(SigningKey::open(path)?);
+        }
+        let taskmanager = opening.await?;
         taskmanager.probe_hosts(self.failed_hosts.clone());
         let mut saved = taskmanager.watch();
         tokio::spawn(async move {
@@ -157,11 +164,14 @@ async fn guest(
         points: points.clone(),
     };
     let id = order.guest.clone();
-    let guest = Guest::attach(broker, id.clone(), journal)
+    let mut attach = Guest::attach(broker, id.clone(), journal)
         .incarnation(order.incarnation)
         .control_plane(&order.control)
-        .wait(Duration::from_millis(order.wait_ms))
-        .await?;
+        .wait(Duration::from_millis(order.wait_ms));
+    if let Some(path) = &order.trust {
+        attach = attach.trust(Trust::open(path)?);
+    }
+    let guest = attach.await?;
     let _ = tell(&Told::Attached { guest: id.clone() });
     let interrupted = match order.again {
         true => Interrupted::RunAgain,
@@ -246,7 +256,9 @@ async fn command(taskmanager: Taskmanager, order: Order) {
         Order::Ping { guest, within_ms } => {
             let within = Duration::from_millis(within_ms);
             let done = taskmanager.guest(guest.clone()).ping(within).await;
-            (guest, done.map(|pong| json!({ "boot": pong.boot })))
+            let told = taskmanager.refused();
+            let answer = |pong: wilco::Pong| json!({ "boot": pong.boot, "refused": pong.refused, "told": told });
+            (guest, done.map(answer))
         }
         Order::Call { guest, kind } => {
             let done = taskmanager.guest(guest.clone()).call(&kind, &()).await;

@@ -1,4 +1,4 @@
-//! The cases of the workflow, W1 to W40 but W35 (nothing is signed yet), and its crash points (law F7): taskmanager, guests and broker
+//! The cases of the workflow, W1 to W40, and its crash points (law F7): taskmanager, guests and broker
 //! as processes, killed, paused and cut off where the case says so.
 //!
 //! They hold the workflow to the guarantee on a broker that keeps the laws. Each runs on every harness
@@ -10,6 +10,7 @@ pub mod command;
 pub mod control;
 pub mod crash;
 pub mod queue;
+pub mod signed;
 mod stage;
 
 use crate::check::{Check, CheckResult, Cx};
@@ -53,6 +54,7 @@ macro_rules! for_each_case {
             command::w32_other_commands_wait_for_prepare, "W32", "another command before prepare is done: refused, or held";
             broker::w33_an_alarm_is_waited_out, "W33", "the broker is full: told, and resumed";
             command::w34_a_wrong_clock_changes_nothing, "W34", "the guest's clock is wrong by years: no effect";
+            signed::w35_what_a_stranger_sends_is_refused, "W35", "forged, unsigned, replayed commands: refused, counted, told; the true one runs";
             control::w36_a_delete_at_every_step_leaves_nothing, "W36", "deleted at every step: nothing left, late guest turned away";
             control::w37_a_cancel_races_with_the_guest, "W37", "a cancel races with accept: one truth, and told which";
             broker::w38_a_crowd_outlives_the_broker, "W38", "a crowd at once, broker killed in the middle: none lost or twice";

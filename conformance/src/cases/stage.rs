@@ -6,7 +6,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use wilco::{
     Broker, Deadlines, ErrorKind, GuestAddress, GuestId, Incarnation, Outcome, ProvisionOutcome,
-    QueueName, ReasonKind, SendPolicy, Stage as Step, State, broker::DeleteMode,
+    QueueName, ReasonKind, SendPolicy, SigningKey, Stage as Step, State, broker::DeleteMode,
 };
 
 use crate::{
@@ -51,6 +51,8 @@ pub(super) struct Stage<'a> {
     case: String,
     directory: TempDir,
     url: String,
+    /// The control plane signs, and every guest trusts its key.
+    signed: bool,
 }
 
 impl<'a> Stage<'a> {
@@ -66,7 +68,29 @@ impl<'a> Stage<'a> {
             case: case.into(),
             directory: directory()?,
             url,
+            signed: false,
         })
+    }
+
+    /// The same, with a control plane that signs and guests that trust nobody else.
+    pub(super) async fn signed(cx: &'a Cx, case: &str) -> Result<Self, CheckError> {
+        let stage = Self {
+            signed: true,
+            ..Self::new(cx, case).await?
+        };
+        let key = SigningKey::generate()?;
+        key.save(stage.key_file())?;
+        fs::write(stage.trust_file(), key.public().to_string())
+            .map_err(|error| CheckError::failed("a file of keys", error))?;
+        Ok(stage)
+    }
+
+    fn key_file(&self) -> PathBuf {
+        self.directory.path().join("signing.key")
+    }
+
+    fn trust_file(&self) -> PathBuf {
+        self.directory.path().join("trusted.keys")
     }
 
     /// The same, with the processes reaching the broker by another URL.
@@ -77,6 +101,7 @@ impl<'a> Stage<'a> {
             case: self.case.clone(),
             directory: directory()?,
             url,
+            signed: false,
         })
     }
 
@@ -142,6 +167,7 @@ impl<'a> Stage<'a> {
             records: self.directory.path().join(records),
             within_ms: ms(within),
             stop,
+            sign: self.signed.then(|| self.key_file()),
         };
         actor.order(&order).await?;
         Ok(Control(actor))
@@ -159,6 +185,7 @@ impl<'a> Stage<'a> {
             act: Act::Succeed,
             again: false,
             stop: None,
+            trust: self.signed.then(|| self.trust_file()),
         };
         Starting { stage: self, order }
     }
