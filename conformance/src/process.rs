@@ -159,14 +159,10 @@ impl Process {
     pub fn pause(&self) -> Result<(), Unavailable> {
         self.signal(Signal::STOP)?;
         let group = self.child().as_ref().and_then(group_of);
-        let started = Instant::now();
-        while group.is_some_and(runs) {
-            if started.elapsed() > Duration::from_secs(5) {
-                return Err(Unavailable::because("the server does not stand still"));
-            }
-            std::thread::sleep(Duration::from_millis(1));
+        if stands_still(|| group.is_some_and(group_runs)) {
+            return Ok(());
         }
-        Ok(())
+        Err(Unavailable::because("the server does not stand still"))
     }
 
     /// Lets it go on.
@@ -223,17 +219,40 @@ fn group_of(child: &Child) -> Option<Pid> {
     Pid::from_raw(i32::try_from(child.id()?).ok()?)
 }
 
-/// Whether a thread of any process of this group is neither stopped nor gone, as far as the system
-/// shows: one without `/proc` shows nothing.
-fn runs(group: Pid) -> bool {
-    let entries = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten();
+/// Waits until nothing of it runs any more: a signal to stop is sent sooner than it has stopped.
+pub(crate) fn stands_still(runs: impl Fn() -> bool) -> bool {
+    let started = Instant::now();
+    while runs() {
+        if started.elapsed() > Duration::from_secs(5) {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
+/// Whether a thread of any process of this group is neither stopped nor gone.
+fn group_runs(group: Pid) -> bool {
     entries(Path::new("/proc")).any(|process| {
         let of_group = stat(&process.path()).is_some_and(|(_, of)| of == group.as_raw_pid());
-        of_group
-            && entries(&process.path().join("task"))
-                .filter_map(|thread| stat(&thread.path()))
-                .any(|(state, _)| !matches!(state, 'T' | 't' | 'Z' | 'X'))
+        of_group && threads_run(&process.path())
     })
+}
+
+/// Whether a thread of this process is neither stopped nor gone.
+pub(crate) fn runs(process: Pid) -> bool {
+    threads_run(&Path::new("/proc").join(process.as_raw_pid().to_string()))
+}
+
+fn threads_run(process: &Path) -> bool {
+    entries(&process.join("task"))
+        .filter_map(|thread| stat(&thread.path()))
+        .any(|(state, _)| !matches!(state, 'T' | 't' | 'Z' | 'X'))
+}
+
+/// None where the system has no `/proc`: it shows nothing.
+fn entries(path: &Path) -> impl Iterator<Item = std::fs::DirEntry> {
+    std::fs::read_dir(path).into_iter().flatten().flatten()
 }
 
 /// The state and the process group of a process or thread.

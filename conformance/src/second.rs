@@ -11,7 +11,11 @@ use tokio::{
     process::{Child, ChildStdin, ChildStdout, Command},
 };
 
-use crate::{check::CheckError, harness::Unavailable};
+use crate::{
+    check::CheckError,
+    harness::Unavailable,
+    process::{runs, stands_still},
+};
 
 /// Where it finds its broker's URL: not among its arguments, which everybody on the machine can read, for
 /// it may hold a password (law S4).
@@ -112,7 +116,14 @@ impl Second {
     /// # Errors
     /// It could not be.
     pub(crate) fn pause(&self) -> Result<(), CheckError> {
-        self.signal(Signal::STOP)
+        self.signal(Signal::STOP)?;
+        if stands_still(|| self.pid().is_some_and(runs)) {
+            return Ok(());
+        }
+        Err(CheckError::failed(
+            "a second process stands still",
+            "it goes on",
+        ))
     }
 
     /// Lets it go on.
@@ -123,12 +134,15 @@ impl Second {
         self.signal(Signal::CONT)
     }
 
+    fn pid(&self) -> Option<Pid> {
+        Pid::from_raw(i32::try_from(self.child.id()?).ok()?)
+    }
+
     fn signal(&self, signal: Signal) -> Result<(), CheckError> {
-        let pid = self
-            .child
-            .id()
-            .and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
-        if pid.is_some_and(|pid| kill_process(pid, signal).is_ok()) {
+        if self
+            .pid()
+            .is_some_and(|pid| kill_process(pid, signal).is_ok())
+        {
             return Ok(());
         }
         Err(CheckError::failed("a signal is sent", "it was not"))

@@ -57,7 +57,7 @@ pub struct Guest {
     consumer: Option<Box<dyn Consumer>>,
     lane_ended: oneshot::Receiver<Error>,
     /// Ended when the guest is dropped.
-    _tasks: Vec<Task>,
+    tasks: Vec<Task>,
     handlers: Handlers,
     grace: Duration,
     guard: Option<Arc<Guard>>,
@@ -274,7 +274,7 @@ impl Attach {
             reports,
             consumer: None,
             lane_ended,
-            _tasks: vec![Task(tokio::spawn(lane)), Task(tokio::spawn(reporter.run()))],
+            tasks: vec![Task(tokio::spawn(lane)), Task(tokio::spawn(reporter.run()))],
             handlers: Handlers::default(),
             grace: Duration::from_secs(30),
             guard: self.guard,
@@ -282,15 +282,31 @@ impl Attach {
             book,
         };
         let mut dismissed = guest.book.dismissed();
-        tokio::select! {
-            attached = guest.attach_queue(deadline) => attached?,
-            () = is_set(&mut dismissed) => return Err(guest.revoked()),
+        let attached = tokio::select! {
+            attached = guest.attach_queue(deadline) => attached,
+            () = is_set(&mut dismissed) => Err(guest.revoked()),
+        };
+        match attached {
+            Ok(()) => Ok(guest),
+            Err(error) => {
+                guest.leave().await;
+                Err(error)
+            }
         }
-        Ok(guest)
     }
 }
 
 impl Guest {
+    /// Gives the lane back, and returns when it is: a process that ends right after that leaves nothing of
+    /// it on the broker (law Q7).
+    async fn leave(&mut self) {
+        for mut task in self.tasks.drain(..) {
+            task.0.abort();
+            // Its end is what is waited for; it was told to.
+            let _ = (&mut task.0).await;
+        }
+    }
+
     /// Attaches to the queue, waiting for it until the deadline.
     async fn attach_queue(&mut self, deadline: Deadline) -> Result<()> {
         self.book.set_phase(Phase::WaitingForQueue);

@@ -213,7 +213,9 @@ async fn stop(mut guest: Guest, running: Option<Running>) -> Result<()> {
         }
         Ok(())
     };
-    timeout(LAST_REPORTS, all_reported).await.unwrap_or(Ok(()))
+    let reported = timeout(LAST_REPORTS, all_reported).await.unwrap_or(Ok(()));
+    guest.leave().await;
+    reported
 }
 
 impl Guest {
