@@ -86,8 +86,9 @@ fn set_up_logging() -> Outcome<()> {
     let Ok(filter) = std::env::var("WILCO_LOG") else {
         return Ok(());
     };
-    // S4: RabbitMQ's client shows a returned message with its body as a warning, and frames below that.
-    let bounded = format!("{filter},lapin=error");
+    // S4: RabbitMQ's client shows a returned message with its body as a warning, and frames below that;
+    // the one of NATS each message, as a trace.
+    let bounded = format!("{filter},lapin=error,async_nats=info");
     let filter = EnvFilter::try_new(bounded).map_err(|error| {
         Problem::input(format!(
             "WILCO_LOG is {filter:?}: {error}; expected such as info or wilco=debug"
