@@ -16,7 +16,7 @@ use wilco::{
     broker::{ConsumeOptions, Consumer, Delivery, QueueSpec, QueueStatus, Request, Responder},
 };
 
-use crate::check::CheckError;
+use crate::{check::CheckError, harness::Unavailable};
 
 /// Far longer than anything takes on a working broker, so that passing it is a failure.
 pub(crate) const LONG: Duration = Duration::from_secs(20);
@@ -216,6 +216,18 @@ pub(crate) async fn until_status(
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// The memory that a process has in use, in bytes: `self`, or its id.
+pub(crate) fn resident(process: &str) -> Result<u64, CheckError> {
+    let unreadable = || Unavailable::because("this system has no /proc/PID/statm");
+    let statm =
+        std::fs::read_to_string(format!("/proc/{process}/statm")).map_err(|_| unreadable())?;
+    let pages = statm
+        .split_whitespace()
+        .nth(1)
+        .and_then(|pages| pages.parse::<u64>().ok());
+    Ok(pages.ok_or_else(unreadable)? * rustix::param::page_size() as u64)
 }
 
 /// Fails unless the condition holds.

@@ -25,6 +25,7 @@ pub use process::run;
 use crate::{
     check::CheckError,
     second::{self, Second},
+    support::resident,
 };
 
 /// Longer than anything takes here, a broker that is killed and started again included.
@@ -236,6 +237,14 @@ impl Actor {
             told: listen(told),
             heard: Vec::new(),
         })
+    }
+
+    /// How much memory it has in use, in bytes.
+    ///
+    /// # Errors
+    /// It is gone, or this system does not tell.
+    pub fn memory(&self) -> Result<u64, CheckError> {
+        resident(&self.process.id().to_string())
     }
 
     /// Sends an order without waiting for what comes of it.

@@ -9,6 +9,7 @@ pub mod broker;
 pub mod command;
 pub mod control;
 pub mod crash;
+pub mod hostile;
 pub mod queue;
 pub mod signed;
 mod stage;
@@ -60,6 +61,7 @@ macro_rules! for_each_case {
             broker::w38_a_crowd_outlives_the_broker, "W38", "a crowd at once, broker killed in the middle: none lost or twice";
             broker::w39_a_crowd_that_comes_back_is_bounded, "W39", "everyone reconnects: bounded";
             boot::w40_a_guest_that_reboots_while_it_waits_is_accepted, "W40", "guest reboots while it waits: accepted";
+            hostile::s2_garbage_stops_nobody, "S2", "garbage into queue, lane and reports: kept, and service goes on";
             crash::f7_a_taskmanager_killed_at_every_side_effect, "F7", "taskmanager killed before and after every side effect";
             crash::f7_a_guest_killed_at_every_side_effect, "F7", "guest killed before and after every side effect";
         }

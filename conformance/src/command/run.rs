@@ -35,7 +35,7 @@ pub(super) struct Run {
     /// Break the broker and its network too (section F).
     #[arg(long)]
     faults: bool,
-    /// Play the cases of the workflow too (W1 to W40 but W35, and F7).
+    /// Play the cases of the workflow too (W1 to W40, F7 and garbage from strangers).
     #[arg(long)]
     cases: bool,
     /// Set the saboteurs on the suite too (law X1).

@@ -22,9 +22,9 @@ pub async fn r5_unanswered_requests_leave_nothing_behind(cx: &Cx) -> CheckResult
     let ignoring = tokio::spawn(async move { while responder.next().await.is_ok() {} });
     unanswered(&handles[0], &lane, WARM_UP).await?;
     let held = remains(cx, &lane).await?;
-    let before = resident()?;
+    let before = resident("self")?;
     unanswered(&handles[0], &lane, REQUESTS).await?;
-    let grown = resident()?.saturating_sub(before);
+    let grown = resident("self")?.saturating_sub(before);
     expect(
         grown < GROWTH,
         format!(
@@ -79,17 +79,6 @@ async fn unanswered(
     });
     join_all(tasks.collect::<Vec<_>>()).await?;
     Ok(())
-}
-
-/// The memory that this process has in use, in bytes.
-fn resident() -> Result<u64, CheckError> {
-    let unreadable = || Unavailable::because("this system has no /proc/self/statm");
-    let statm = std::fs::read_to_string("/proc/self/statm").map_err(|_| unreadable())?;
-    let pages = statm
-        .split_whitespace()
-        .nth(1)
-        .and_then(|pages| pages.parse::<u64>().ok());
-    Ok(pages.ok_or_else(unreadable)? * rustix::param::page_size() as u64)
 }
 
 /// Pings of every outcome leave the durable queue as it was: its status, its messages, its counts.
