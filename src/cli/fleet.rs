@@ -111,7 +111,7 @@ pub(super) fn read(path: &Path) -> Outcome<Fleet> {
     Ok(parse(&bytes))
 }
 
-fn parse(bytes: &[u8]) -> Fleet {
+pub(super) fn parse(bytes: &[u8]) -> Fleet {
     let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
     let mut fleet = Fleet::default();
     let mut seen = HashMap::new();
