@@ -140,26 +140,65 @@ fn a_whole_run_tells_no_secret(admin: &str) {
     }
 }
 
-async fn on(name: &str) {
+/// The administrator's password comes from the environment, and a machine that this run starts has a
+/// credential of its own there and nothing of the administrator's (S1).
+fn a_machine_gets_its_own_credential_alone(admin: &str) {
+    let secret = secrets_of(admin).remove(0);
+    let (place, url) = (
+        Place::on(None),
+        admin.replacen(&format!(":{secret}@"), "@", 1),
+    );
+    place.script(
+        "machine",
+        "env >machine.env\nexec \"$WILCO_EXE\" guest \"$WILCO_GUEST\" --exec ./prepare",
+    );
+    place.script("prepare", "cat >/dev/null; echo '{}'");
+    place.file("fleet.jsonl", r#"{"id":"vm-1","prepare":{}}"#);
+    let run = [
+        "provision",
+        "fleet.jsonl",
+        "--credentials",
+        "--spawn",
+        "./machine",
+    ];
+    let ended = place
+        .wilco(run)
+        .env("WILCO_BROKER", url)
+        .env("WILCO_RECORDS", "records.db")
+        .env("WILCO_BROKER_PASSWORD", &secret)
+        .output()
+        .unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    let environment = place.read("machine.env");
+    assert!(environment.contains("WILCO_BROKER="), "{environment}");
+    assert!(!environment.contains(&secret), "{environment}");
+}
+
+async fn on(name: &str, test: fn(&str)) {
     let harness = harnesses::find(name).unwrap();
     let server = harness.start(Use::Credentials).await.unwrap();
     let admin = server.admin_url().unwrap();
-    tokio::task::spawn_blocking(move || a_whole_run_tells_no_secret(&admin))
+    tokio::task::spawn_blocking(move || test(&admin))
         .await
         .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s4_redis_tells_no_secret() {
-    on("redis").await;
+    on("redis", a_whole_run_tells_no_secret).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s1_a_spawned_machine_gets_its_own_credential_alone() {
+    on("redis", a_machine_gets_its_own_credential_alone).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s4_nats_tells_no_secret() {
-    on("nats").await;
+    on("nats", a_whole_run_tells_no_secret).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s4_rabbitmq_tells_no_secret() {
-    on("rabbitmq").await;
+    on("rabbitmq", a_whole_run_tells_no_secret).await;
 }

@@ -27,6 +27,14 @@ use super::{
 /// How long a machine may take to power off before it is killed.
 const POWER_OFF: Duration = Duration::from_secs(10);
 
+/// What the control plane's own secrets may stand in.
+const OURS: [&str; 4] = [
+    "WILCO_BROKER_USER",
+    "WILCO_BROKER_PASSWORD",
+    "WILCO_BROKER_TOKEN",
+    "WILCO_SIGN_KEY",
+];
+
 /// The machines of this run.
 #[derive(Debug)]
 pub(super) struct Machines {
@@ -71,8 +79,15 @@ impl Machines {
         env: &BTreeMap<String, String>,
         broker: Option<&SecretString>,
     ) -> Outcome<()> {
+        let mut command = Command::new(self.program.path());
+        // What the control plane connects and signs with is not for machines that have their own.
+        if broker.is_some() {
+            for ours in OURS {
+                command.env_remove(ours);
+            }
+        }
         let broker = broker.map_or(self.broker.as_str(), |own| own.expose_secret());
-        let mut child = Command::new(self.program.path())
+        let mut child = command
             .envs(env)
             .env("WILCO_GUEST", address.guest.as_str())
             .env("WILCO_INCARNATION", address.incarnation.to_string())
