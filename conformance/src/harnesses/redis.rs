@@ -32,8 +32,8 @@ pub use sentinels::Sentinels;
 /// The file of the server's users, and those that it begins with. Nobody is let in as `default`, which has
 /// all rights all the same: the server reads its append-only file as that user, and drops what it may not.
 const USERS: &str = "users.acl";
-const ADMIN: (&str, &str) = ("admin", "conformance");
-const ADMIN_ALONE: &str = "user default off ~* &* +@all\nuser admin on >conformance ~* &* +@all\n";
+const ADMIN: (&str, &str) = ("admin", "the-administrators-own");
+const ADMIN_ALONE: &str = "user default off ~* &* +@all\nuser admin on >the-administrators-own ~* &* +@all\n";
 
 /// A lease of 3 s, and a second until the next one looks.
 const TAKEOVER: Duration = Duration::from_secs(4);
