@@ -126,7 +126,7 @@ fn open_file(path: &Path, shown: &str, schema: &Schema, sync: SyncLevel) -> Resu
         )).into());
     }
     writer.execute_batch(&format!(
-        "{}; PRAGMA wal_autocheckpoint = 2000; PRAGMA journal_size_limit = 67108864;
+        "{}; PRAGMA journal_size_limit = 67108864;
          PRAGMA temp_store = MEMORY; PRAGMA cache_size = -32768",
         Sync(sync).pragma()
     ))?;

@@ -33,7 +33,8 @@ pub use sentinels::Sentinels;
 /// all rights all the same: the server reads its append-only file as that user, and drops what it may not.
 const USERS: &str = "users.acl";
 const ADMIN: (&str, &str) = ("admin", "the-administrators-own");
-const ADMIN_ALONE: &str = "user default off ~* &* +@all\nuser admin on >the-administrators-own ~* &* +@all\n";
+const ADMIN_ALONE: &str =
+    "user default off ~* &* +@all\nuser admin on >the-administrators-own ~* &* +@all\n";
 
 /// A lease of 3 s, and a second until the next one looks.
 const TAKEOVER: Duration = Duration::from_secs(4);
