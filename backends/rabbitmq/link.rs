@@ -15,7 +15,7 @@ use std::{
 
 use futures_util::StreamExt as _;
 use lapin::{
-    Channel, Connection, ConnectionProperties, DefaultConnectionBuilder,
+    Channel, Connection, ConnectionProperties,
     tcp::{OwnedIdentity, OwnedTLSConfig},
     uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism},
 };
@@ -27,7 +27,7 @@ use tokio::{
 
 use super::{
     fault::{Fault, code},
-    lock,
+    lock, stream,
 };
 use crate::{
     backoff::Backoff,
@@ -493,10 +493,5 @@ async fn connect(
                 .as_ref()
                 .map(|pem| String::from_utf8_lossy(pem).into_owned()),
         });
-    DefaultConnectionBuilder::new()?
-        .with_uri(uri)
-        .with_properties(properties)
-        .with_tls_config(tls)
-        .connect()
-        .await
+    stream::connect(uri, tls, properties).await
 }

@@ -38,6 +38,8 @@ mod settle;
 mod shelf;
 mod station;
 mod status;
+mod stream;
+mod tame;
 mod topology;
 
 use std::{
