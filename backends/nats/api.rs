@@ -10,7 +10,7 @@ use super::{
     connection::{Answer, Link, Unanswered, unreachable},
     form,
     names::Names,
-    no_queue,
+    no_queue, unreadable,
 };
 use crate::{
     broker::QueueSpec,
@@ -178,12 +178,19 @@ impl Link {
         from: u64,
         deadline: Deadline,
     ) -> Result<Option<Stored>> {
-        self.get(
-            names,
-            &json!({ "seq": from, "next_by_subj": subject }),
-            deadline,
-        )
-        .await
+        self.stored_in(&names.stream, subject, from, deadline).await
+    }
+
+    /// The same of any stream.
+    pub(super) async fn stored_in(
+        &self,
+        stream: &str,
+        subject: &str,
+        from: u64,
+        deadline: Deadline,
+    ) -> Result<Option<Stored>> {
+        let next = json!({ "seq": from, "next_by_subj": subject });
+        self.get(stream, &next, deadline).await
     }
 
     /// The last message stored on a subject.
@@ -193,7 +200,7 @@ impl Link {
         subject: &str,
         deadline: Deadline,
     ) -> Result<Option<Stored>> {
-        self.get(names, &json!({ "last_by_subj": subject }), deadline)
+        self.get(&names.stream, &json!({ "last_by_subj": subject }), deadline)
             .await
     }
 
@@ -205,11 +212,11 @@ impl Link {
         deadline: Deadline,
     ) -> Result<bool> {
         let place = json!({ "seq": sequence });
-        Ok(self.get(names, &place, deadline).await?.is_some())
+        Ok(self.get(&names.stream, &place, deadline).await?.is_some())
     }
 
-    async fn get(&self, names: &Names, what: &Value, deadline: Deadline) -> Result<Option<Stored>> {
-        let verb = format!("STREAM.MSG.GET.{}", names.stream);
+    async fn get(&self, stream: &str, what: &Value, deadline: Deadline) -> Result<Option<Stored>> {
+        let verb = format!("STREAM.MSG.GET.{stream}");
         match self.api(&verb, what, deadline).await? {
             Ok(value) => Ok(Some(Stored::of(&value["message"]))),
             Err(Refusal {
@@ -227,7 +234,17 @@ impl Link {
         sequence: u64,
         deadline: Deadline,
     ) -> Result<bool> {
-        let verb = format!("STREAM.MSG.DELETE.{}", names.stream);
+        self.forget_in(&names.stream, sequence, deadline).await
+    }
+
+    /// The same of any stream.
+    pub(super) async fn forget_in(
+        &self,
+        stream: &str,
+        sequence: u64,
+        deadline: Deadline,
+    ) -> Result<bool> {
+        let verb = format!("STREAM.MSG.DELETE.{stream}");
         let body = json!({ "seq": sequence, "no_erase": true });
         match self.api(&verb, &body, deadline).await? {
             Ok(_) => Ok(true),
@@ -419,8 +436,11 @@ impl Stream {
 #[derive(Debug)]
 pub(super) struct Stored {
     pub(super) sequence: u64,
+    pub(super) subject: String,
     pub(super) headers: async_nats::HeaderMap,
     pub(super) body: Bytes,
+    /// The client could have received it.
+    pub(super) readable: bool,
 }
 
 impl Stored {
@@ -431,10 +451,13 @@ impl Stored {
                 .and_then(form::base64)
                 .unwrap_or_default()
         };
+        let headers = bytes("hdrs");
         Self {
             sequence: message["seq"].as_u64().unwrap_or(0),
-            headers: form::parse(&bytes("hdrs")),
+            subject: message["subject"].as_str().unwrap_or_default().to_owned(),
+            headers: form::parse(&headers),
             body: bytes("data").into(),
+            readable: unreadable::is_readable(&headers),
         }
     }
 }

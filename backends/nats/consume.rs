@@ -31,7 +31,7 @@ use super::{
     names::{Names, token},
     notes::{Mark, Notes, is_settled, now_ms, settle},
     settle::{self, Lease},
-    trays,
+    trays, unreadable,
 };
 use crate::{
     broker::{ConsumeOptions, Consumer, Delivery},
@@ -65,7 +65,7 @@ pub(super) struct Hold {
     /// Which making of the queue this is.
     made: String,
     pub(super) limit: u32,
-    prefetch: usize,
+    pub(super) prefetch: usize,
     pub(super) inner: Mutex<Inner>,
     /// Tells the puller that there is room, or something to give back, or that it goes.
     pub(super) wake: Notify,
@@ -713,6 +713,9 @@ async fn run(hold: Arc<Hold>, mut arrivals: Subscriber, inbox: String) {
                     lock(&hold.inner).pulls.clear();
                     let deadline = Deadline::after(hold.link.options.takeover);
                     let _ = hold.look_back(&mut server, deadline).await;
+                    if let Err(error) = unreadable::bury(&hold, deadline).await {
+                        tracing::debug!(%error, "what the client cannot read is looked for once more");
+                    }
                 }
             }
         }
@@ -773,7 +776,9 @@ async fn pull(hold: &Arc<Hold>, inbox: &str, number: &mut u64) {
 }
 
 async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
-    if let Some(status) = raw.status {
+    // A message of a stream has a place there, whatever status somebody gave it.
+    let sequence = raw.reply.as_ref().and_then(|reply| place(reply));
+    if let Some(status) = raw.status.filter(|_| sequence.is_none()) {
         let number = raw
             .subject
             .strip_prefix(inbox)
@@ -792,7 +797,7 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
         }
         return;
     }
-    let Some(sequence) = raw.reply.as_ref().and_then(|reply| place(reply)) else {
+    let Some(sequence) = sequence else {
         return;
     };
     let mut received = Received {
@@ -927,8 +932,7 @@ async fn rest(hold: &Hold, mut arrivals: Subscriber, deadline: Deadline) -> Vec<
         return rest;
     }
     while let Ok(Some(raw)) = deadline.bound(arrivals.next()).await {
-        let sequence = raw.reply.as_ref().and_then(|reply| place(reply));
-        if let Some(sequence) = sequence.filter(|_| raw.status.is_none()) {
+        if let Some(sequence) = raw.reply.as_ref().and_then(|reply| place(reply)) {
             rest.push(Received {
                 sequence,
                 attempt: 0,

@@ -6,16 +6,17 @@ use async_nats::HeaderMap;
 use serde_json::Value;
 
 use super::{
-    api::{Refusal, json_of},
+    api::{Refusal, WRONG_LAST_SEQUENCE, json_of},
     connection::{Link, Unanswered},
     form,
     names::Names,
-    no_queue,
+    no_queue, settle,
 };
 use crate::{
     broker::{DeadLetter, DeadLetterKey},
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
+    message::Message,
     names::QueueName,
 };
 
@@ -51,6 +52,37 @@ pub(super) async fn dead_letters(
         ));
     }
     Ok(letters)
+}
+
+/// Stores the dead letter of the message at this place, if it is not there already.
+pub(super) async fn store(
+    link: &Link,
+    names: &Names,
+    sequence: u64,
+    message: &Message,
+    reason: &str,
+    attempts: u32,
+    deadline: Deadline,
+) -> Result<()> {
+    let mut headers = form::dead_headers(message, reason, attempts);
+    headers.insert("Nats-Expected-Last-Subject-Sequence", "0");
+    let answer = link
+        .call(
+            &names.dead(sequence),
+            Some(&headers),
+            &message.body,
+            true,
+            deadline,
+        )
+        .await
+        .map_err(Unanswered::into_error)?;
+    if answer.nobody() {
+        return Err(settle::lost());
+    }
+    match Refusal::of(&json_of(&answer)?) {
+        Some(refusal) if !WRONG_LAST_SEQUENCE.contains(&refusal.code) => Err(refusal.into_error()),
+        _ => Ok(()),
+    }
 }
 
 /// Stores the message at the end of the queue, then takes the letter away. Both ids are the letter's: sent

@@ -8,19 +8,17 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use serde_json::Value;
 use tokio::{
     sync::oneshot,
     time::{Instant, sleep},
 };
 
 use super::{
-    api::{Refusal, WRONG_LAST_SEQUENCE, json_of},
     attach::{delivered, still_there},
     closed,
     connection::{Link, Unanswered, lock},
     consume::{Hold, Phase, Received, Settling, place},
-    form,
+    dead,
     notes::now_ms,
 };
 use crate::{
@@ -116,7 +114,7 @@ impl LeaseTrait for Lease {
     }
 }
 
-fn lost() -> Error {
+pub(super) fn lost() -> Error {
     Error::new(
         ErrorKind::LeaseLost,
         "the delivery is no longer this handle's to settle",
@@ -277,26 +275,9 @@ async fn bury(
 ) -> Result<()> {
     // Is it still this one's? A letter of a message that another has would be one too many.
     confirm(hold, received.reply(), "+WPI", deadline).await?;
-    let message = received.message();
-    let attempts = received.attempt.min(hold.limit);
-    let mut headers = form::dead_headers(&message, reason, attempts);
-    headers.insert("Nats-Expected-Last-Subject-Sequence", "0");
-    let subject = hold.names.dead(received.sequence);
-    let answer = hold
-        .link
-        .call(&subject, Some(&headers), &message.body, true, deadline)
-        .await
-        .map_err(Unanswered::into_error)?;
-    if answer.nobody() {
-        return Err(lost());
-    }
-    let value: Value = json_of(&answer)?;
-    match Refusal::of(&value) {
-        // It is there already.
-        Some(refusal) if WRONG_LAST_SEQUENCE.contains(&refusal.code) => {}
-        Some(refusal) => return Err(refusal.into_error()),
-        None => {}
-    }
+    let (message, attempts) = (received.message(), received.attempt.min(hold.limit));
+    let (link, names, sequence) = (&hold.link, &hold.names, received.sequence);
+    dead::store(link, names, sequence, &message, reason, attempts, deadline).await?;
     confirm(hold, received.reply(), "+TERM", deadline).await?;
     hold.believe(deadline).await?;
     hold.settled(received.sequence, deadline).await

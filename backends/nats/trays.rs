@@ -15,7 +15,7 @@ use super::{
     consume::Hold,
     form,
     names::{Names, TRAYS},
-    publish, requests, settle,
+    publish, requests, settle, unreadable,
 };
 use crate::{
     deadline::Deadline,
@@ -99,6 +99,7 @@ async fn some(hold: &Weak<Hold>, link: &Link, names: &Names) -> Result<()> {
     // It lives in the server's memory, and guests may not make it.
     requests::make_stream(link, deadline).await?;
     let generation = link.state().borrow().generation;
+    move_unreadable(link, names, deadline).await?;
     let inbox = link.client.new_inbox();
     let mut arrivals = link.client.subscribe(inbox.clone()).await.map_err(gone)?;
     while hold.upgrade().is_some_and(|hold| hold.is_attached())
@@ -115,7 +116,9 @@ async fn some(hold: &Weak<Hold>, link: &Link, names: &Names) -> Result<()> {
             let Ok(Some(message)) = timeout(PULL + AGAIN, arrivals.next()).await else {
                 return Ok(());
             };
-            match message.status.map(|status| status.as_u16()) {
+            // A report may have a status of its guest's making, and where it is acknowledged.
+            let status = message.status.filter(|_| message.reply.is_none());
+            match status.map(|status| status.as_u16()) {
                 None => {
                     take(link, names, &message).await?;
                     left -= 1;
@@ -133,45 +136,65 @@ async fn some(hold: &Weak<Hold>, link: &Link, names: &Names) -> Result<()> {
     Ok(())
 }
 
-/// Moves one report. From whom it is, its subject says.
+/// Moves one report.
 async fn take(link: &Link, names: &Names, message: &Message) -> Result<()> {
     let Some(reply) = &message.reply else {
         return Ok(());
     };
     let deadline = Deadline::after(link.options.takeover);
-    let from = names.whose_tray(&message.subject);
-    let headers = from.map(|from| form::sent_by(message.headers.as_ref(), &from));
-    if let Some(headers) = headers {
-        let bytes = |(name, values): (&async_nats::HeaderName, &Vec<async_nats::HeaderValue>)| {
-            let name: &str = name.as_ref();
-            name.len()
-                + values
-                    .iter()
-                    .map(|value| value.as_str().len() + 4)
-                    .sum::<usize>()
-        };
-        let heads: usize = headers.iter().map(bytes).sum();
-        // The server would end the connection over one that is too large.
-        if heads > form::MAX_HEADER_BYTES
-            || message.payload.len() as u64 > publish::largest_body(link)
-        {
-            tracing::warn!(subject = %message.subject, "a report is larger than any can be, and is dropped");
-            return settle::tell(link, reply, "+TERM".into(), deadline).await;
-        }
-        store(link, names, &headers, &message.payload, deadline).await?;
-    }
-    settle::tell(link, reply, "+ACK".into(), deadline).await
+    let headers = message.headers.as_ref();
+    let moved = store(
+        link,
+        names,
+        &message.subject,
+        headers,
+        &message.payload,
+        deadline,
+    );
+    let what = if moved.await? { "+ACK" } else { "+TERM" };
+    settle::tell(link, reply, what.into(), deadline).await
 }
 
+/// Moves those that the client cannot be given, which would end its connection again and again.
+async fn move_unreadable(link: &Link, names: &Names, deadline: Deadline) -> Result<()> {
+    for report in unreadable::first(link, TRAYS, &names.trays(), BATCH, deadline).await? {
+        let (subject, headers) = (&report.subject, Some(&report.headers));
+        tracing::warn!(%subject, "a report has headers that are none of NATS's");
+        store(link, names, subject, headers, &report.body, deadline).await?;
+        link.forget_in(TRAYS, report.sequence, deadline).await?;
+    }
+    Ok(())
+}
+
+/// Stores a report among the others; from whom it is, its subject says. False: it is no report.
 async fn store(
     link: &Link,
     names: &Names,
-    headers: &HeaderMap,
+    subject: &str,
+    headers: Option<&HeaderMap>,
     body: &Bytes,
     deadline: Deadline,
-) -> Result<()> {
+) -> Result<bool> {
+    let Some(from) = names.whose_tray(subject) else {
+        return Ok(false);
+    };
+    let headers = form::sent_by(headers, &from);
+    let bytes = |(name, values): (&async_nats::HeaderName, &Vec<async_nats::HeaderValue>)| {
+        let name: &str = name.as_ref();
+        name.len()
+            + values
+                .iter()
+                .map(|value| value.as_str().len() + 4)
+                .sum::<usize>()
+    };
+    let heads: usize = headers.iter().map(bytes).sum();
+    // The server would end the connection over one that is too large.
+    if heads > form::MAX_HEADER_BYTES || body.len() as u64 > publish::largest_body(link) {
+        tracing::warn!(%subject, "a report is larger than any can be, and is dropped");
+        return Ok(false);
+    }
     let answer = link
-        .call(&names.input(), Some(headers), body, true, deadline)
+        .call(&names.input(), Some(&headers), body, true, deadline)
         .await
         .map_err(Unanswered::into_error)?;
     if answer.nobody() {
@@ -180,6 +203,6 @@ async fn store(
     match Refusal::of(&super::api::json_of(&answer)?) {
         // It comes again, and has the same id.
         Some(refusal) => Err(refusal.into_error()),
-        None => Ok(()),
+        None => Ok(true),
     }
 }
