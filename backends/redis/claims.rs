@@ -67,7 +67,7 @@ pub(super) fn read_claim(value: Value) -> Option<Claim> {
         };
         match entry.message {
             Ok(message) => claimed.push(Claimed { held, message }),
-            Err(error) => foreign.push((held, error.message().to_owned())),
+            Err(wrong) => foreign.push((held, wrong.why)),
         }
     }
     let due = match parts.next() {

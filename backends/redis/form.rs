@@ -2,12 +2,10 @@
 
 use std::sync::LazyLock;
 
+use bytes::Bytes;
 use redis::{Cmd, Value};
 
-use crate::{
-    error::{Error, ErrorKind, Result},
-    message::{Headers, Message, MessageId},
-};
+use crate::message::{Headers, Message, MessageId};
 
 static JSON: LazyLock<MessageId> =
     LazyLock::new(|| MessageId::new("application/json").expect("a content type is well formed"));
@@ -32,10 +30,32 @@ pub(super) fn write(call: &mut Cmd, message: &Message) {
     call.arg("body").arg(&message.body[..]);
 }
 
+/// Why an entry is no message of ours, and its body if it has one.
+pub(super) struct Foreign {
+    pub(super) why: String,
+    pub(super) body: Bytes,
+}
+
+impl Foreign {
+    fn because(what: impl std::fmt::Display) -> Self {
+        Self {
+            why: format!("the queue holds what wilco did not write: {what}"),
+            body: Bytes::new(),
+        }
+    }
+
+    /// As a message, to be looked at, of the entry with this id.
+    pub(super) fn shown(self, entry: &str) -> Option<Message> {
+        let id = MessageId::new(format!("redis-{entry}")).ok()?;
+        Some(Message::new("unknown", self.body).ok()?.with_id(id))
+    }
+}
+
 /// An entry: its id in the stream, its fields, and what stands behind them.
 pub(super) struct Entry {
     pub(super) id: String,
-    pub(super) message: Result<Message>,
+    /// What is not of our form was written by another program.
+    pub(super) message: Result<Message, Foreign>,
     pub(super) reason: Option<String>,
     pub(super) attempts: Option<u32>,
     /// What a script put behind the fields: which delivery it is.
@@ -59,7 +79,7 @@ impl Entry {
         };
         let mut entry = Self {
             id,
-            message: Err(Error::new(ErrorKind::Undecodable, "unread")),
+            message: Err(Foreign::because("it was not read")),
             reason: None,
             attempts: None,
             count,
@@ -68,49 +88,69 @@ impl Entry {
         Some(entry)
     }
 
-    /// What is not of our form was written by another program.
-    fn fields(&mut self, fields: Vec<Value>) -> Result<Message> {
-        let foreign = |what: &str| {
-            Error::new(
-                ErrorKind::Undecodable,
-                format!("the queue holds what wilco did not write: {what}"),
-            )
-        };
+    fn fields(&mut self, fields: Vec<Value>) -> Result<Message, Foreign> {
         let (mut id, mut kind, mut content_type, mut from, mut body) =
             (None, None, None, None, None);
         let mut headers = Headers::new();
+        let mut wrong = None;
         let mut fields = fields.into_iter();
         while let (Some(name), Some(value)) = (fields.next(), fields.next()) {
             let (Value::BulkString(name), Value::BulkString(value)) = (name, value) else {
-                return Err(foreign("a field that is no text"));
+                wrong = Some(Foreign::because("a field that is no text"));
+                continue;
             };
             if name == b"body" {
-                body = Some(value.into());
+                body = Some(Bytes::from(value));
                 continue;
             }
-            let value = String::from_utf8(value).map_err(|_| foreign("a field that is no text"))?;
-            match &name[..] {
-                b"id" => id = Some(MessageId::new(value)?),
-                b"kind" => kind = Some(MessageId::new(value)?),
-                b"type" => content_type = Some(MessageId::new(value)?),
-                b"from" => from = Some(value.parse()?),
-                b"reason" => self.reason = Some(value),
-                b"attempts" => self.attempts = value.parse().ok(),
+            let Ok(value) = String::from_utf8(value) else {
+                wrong = Some(Foreign::because("a field that is no text"));
+                continue;
+            };
+            let read = match &name[..] {
+                b"id" => MessageId::new(value).map(|read| id = Some(read)),
+                b"kind" => MessageId::new(value).map(|read| kind = Some(read)),
+                b"type" => MessageId::new(value).map(|read| content_type = Some(read)),
+                b"from" => value.parse().map(|read| from = Some(read)),
+                b"reason" => {
+                    self.reason = Some(value);
+                    Ok(())
+                }
+                b"attempts" => {
+                    self.attempts = value.parse().ok();
+                    Ok(())
+                }
                 [b'h', b':', name @ ..] => {
                     let name = String::from_utf8_lossy(name).into_owned();
-                    headers.insert(name, value)?;
+                    headers.insert(name, value).map(drop)
                 }
-                _ => {}
+                _ => Ok(()),
+            };
+            if let Err(error) = read {
+                wrong = Some(Foreign::because(error.message()));
             }
         }
-        Ok(Message {
-            id: id.ok_or_else(|| foreign("no id"))?,
-            kind: kind.ok_or_else(|| foreign("no kind"))?,
-            content_type: content_type.unwrap_or_else(|| JSON.clone()),
-            headers,
-            body: body.ok_or_else(|| foreign("no body"))?,
-            from,
-        })
+        match (wrong, id, kind, body) {
+            (None, Some(id), Some(kind), Some(body)) => Ok(Message {
+                id,
+                kind,
+                content_type: content_type.unwrap_or_else(|| JSON.clone()),
+                headers,
+                body,
+                from,
+            }),
+            (wrong, id, kind, body) => {
+                let missing = match (id, kind) {
+                    (None, _) => "no id",
+                    (_, None) => "no kind",
+                    _ => "no body",
+                };
+                Err(Foreign {
+                    body: body.unwrap_or_default(),
+                    ..wrong.unwrap_or_else(|| Foreign::because(missing))
+                })
+            }
+        }
     }
 }
 
@@ -134,4 +174,49 @@ pub(super) fn answer(value: Value) -> Option<(String, std::vec::IntoIter<Value>)
     let mut parts = parts.into_iter();
     let word = text(parts.next()?)?;
     Some((word, parts))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(fields: &[&[u8]]) -> Entry {
+        let text = |text: &[u8]| Value::BulkString(text.to_vec());
+        let fields = fields.iter().map(|field| text(field)).collect();
+        Entry::read(Value::Array(vec![text(b"7-1"), Value::Array(fields)])).expect("an entry")
+    }
+
+    #[test]
+    fn s2_what_another_program_wrote_can_be_looked_at() {
+        let odd: [(&[&[u8]], &str); 6] = [
+            (&[b"\xFF", b"\xFF", b"body", b"b"], "no text"),
+            (&[b"id", b"", b"kind", b"k", b"body", b"b"], "visible ASCII"),
+            (
+                &[b"id", b"i", b"kind", b"k", b"h:\xFF", b"v", b"body", b"b"],
+                "header",
+            ),
+            (&[b"kind", b"k", b"body", b"b"], "no id"),
+            (&[b"id", b"i", b"body", b"b"], "no kind"),
+            (
+                &[b"id", b"i", b"kind", b"k", b"from", b"x", b"body", b"b"],
+                "queue",
+            ),
+        ];
+        for (fields, why) in odd {
+            let entry = entry(fields);
+            let foreign = entry.message.expect_err(why);
+            assert!(foreign.why.contains(why), "{}", foreign.why);
+            let shown = foreign.shown(&entry.id).expect("a message");
+            assert_eq!(
+                (shown.id.as_str(), &shown.body[..]),
+                ("redis-7-1", &b"b"[..])
+            );
+        }
+        assert!(
+            entry(&[b"id", b"i", b"kind", b"k", b"body", b""])
+                .message
+                .is_ok()
+        );
+        assert!(entry(&[b"id", b"i", b"kind", b"k"]).message.is_err());
+    }
 }

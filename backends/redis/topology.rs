@@ -229,8 +229,10 @@ pub(super) async fn dead_letters(
         let came = entries.len();
         for entry in entries.into_iter().filter_map(Entry::read) {
             from = format!("({}", entry.id);
-            // What another program wrote is no letter that could be shown.
-            let Ok(message) = entry.message else { continue };
+            let shown = entry
+                .message
+                .or_else(|other| other.shown(&entry.id).ok_or(()));
+            let Ok(message) = shown else { continue };
             let key = DeadLetterKey(entry.id);
             let reason = entry.reason.unwrap_or_default();
             letters.push(DeadLetter::new(
@@ -277,6 +279,10 @@ pub(super) async fn redrive(
         "twice" => Err(Error::new(
             ErrorKind::Conflict,
             "the queue holds a message of the same id already; the dead letter stays where it is",
+        )),
+        "foreign" => Err(Error::new(
+            ErrorKind::Undecodable,
+            "what has no id was not written by wilco, and cannot go back; the dead letter stays where it is",
         )),
         _ if again => Err(unsure(
             "the dead letter is not there; it may have been moved just now",

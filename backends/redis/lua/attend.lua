@@ -6,6 +6,8 @@
 -- have, something pending, by the moment when its lease ends.
 local META, STREAM, HOLDERS, WAIT, IDS, DEAD = unpack(KEYS)
 local GROUP, NOBODY = 'wilco', '-'
+-- Names and values of one entry, of which a message has fewer: a script can pass on some 8,000.
+local MOST_FIELDS = 1000
 
 local function now()
   local time = redis.call('TIME')
@@ -39,6 +41,10 @@ local function bury(id, attempts, reason)
     if fields[i] == 'id' then redis.call('SREM', IDS, fields[i + 1]) end
   end
   local n = #fields
+  if n > MOST_FIELDS then
+    reason, n = reason .. ' (of ' .. n / 2 .. ' fields only the first are kept)', MOST_FIELDS
+    fields = {unpack(fields, 1, n)}
+  end
   fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'reason', reason, 'attempts', attempts
   redis.call('XADD', DEAD, '*', unpack(fields))
   redis.call('XDEL', STREAM, id)

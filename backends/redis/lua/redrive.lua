@@ -13,6 +13,7 @@ for i = 1, #letter[2] - 4, 2 do
   fields[i], fields[i + 1] = letter[2][i], letter[2][i + 1]
   if fields[i] == 'id' then id = fields[i + 1] end
 end
+if not id then return {'foreign'} end
 if redis.call('SADD', IDS, id) == 0 then return {'twice'} end
 redis.call('XADD', STREAM, '*', unpack(fields))
 redis.call('XDEL', DEAD, ARGV[1])
