@@ -129,6 +129,17 @@ pub trait Server: Send + Sync + fmt::Debug {
         ))
     }
 
+    /// Puts there what no client would send, byte by byte over the broker's own protocol: headers that are
+    /// none, text that is no text, tables too deep for any stack. Says how many pieces the broker took.
+    ///
+    /// # Errors
+    /// [`Unavailable`] where there is no protocol to abuse.
+    async fn litter(&self, _place: Litter<'_>) -> Result<usize, Unavailable> {
+        Err(Unavailable::because(
+            "nothing is sent to this broker but by its library",
+        ))
+    }
+
     /// The broker's process and its network, to break them (section F).
     ///
     /// # Errors
@@ -160,6 +171,15 @@ pub struct Theft<'a> {
     pub other: &'a GuestAddress,
     /// Where both publish their reports.
     pub reports: &'a QueueName,
+}
+
+/// Where litter is put, and by whom.
+#[derive(Clone, Copy, Debug)]
+pub enum Litter<'a> {
+    /// Into this queue, by one who may do everything.
+    Queue(&'a QueueName),
+    /// To where this guest's reports go, with its credential.
+    Reports(&'a Theft<'a>),
 }
 
 /// What a guest's credential must not allow: what is done, and on what.

@@ -81,6 +81,7 @@ macro_rules! for_each_check {
             r::r8_errors_pass_typed_and_whole, "R8", "errors pass typed and whole";
             r::r9_pings_never_touch_the_durable_queue, "R9", "pings never touch the durable queue";
             s::s1_a_guests_credential_is_worth_one_queue, "S1", "a guest's credential does a guest's work, and the server refuses all else";
+            s::s2_what_no_client_would_send_is_parked, "S2", "bytes that no client would send: each parked, nobody falls over, service goes on";
             d::d1_the_report_is_honest, "D1", "the durability report does not exceed what the broker can be";
             d::d1_a_claim_to_outlive_a_kill_is_true, "D1", "what was confirmed outlives the kill of its publisher";
             d::d2_require_refuses_what_the_report_does_not_show, "D2", "require keeps to the verdicts";

@@ -1,5 +1,6 @@
 //! `nats-server` as a private process; for credentials, one whose users are signed (`operator`).
 
+mod litter;
 mod operator;
 mod theft;
 
@@ -13,6 +14,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{
@@ -22,7 +24,7 @@ use tokio::{
 use wilco::{Broker, QueueName, durability::Level};
 
 use crate::{
-    harness::{Attempt, Facts, Faults, Harness, Server, Theft, Unavailable, Use},
+    harness::{Attempt, Facts, Faults, Harness, Litter, Server, Theft, Unavailable, Use},
     process::{Process, free_port},
 };
 
@@ -218,6 +220,22 @@ impl Server for NatsServer {
         theft::forbidden(self.process.address(), theft)
             .await
             .map_err(|error| Unavailable::because(format!("the server cannot be asked: {error}")))
+    }
+
+    async fn litter(&self, place: Litter<'_>) -> Result<usize, Unavailable> {
+        let address = self.process.address();
+        let published = match place {
+            Litter::Queue(queue) => litter::publish(address, None, &format!("{queue}.in")).await,
+            Litter::Reports(theft) => {
+                let file = theft.credential.files().first();
+                let creds = file.map(|file| file.content().expose_secret());
+                let reports = theft.reports.as_str().trim_start_matches("wilco.");
+                let own = theft.own.queue();
+                let own = own.as_str().trim_start_matches("wilco.");
+                litter::publish(address, creds, &format!("wilco.tray.{reports}.{own}")).await
+            }
+        };
+        published.map_err(Unavailable::because)
     }
 
     fn faults(&self) -> Result<&dyn Faults, Unavailable> {

@@ -2,6 +2,7 @@
 //! the law on clusters, three with their sentinels (`sentinels`); for credentials, one that lets in nobody
 //! without (`theft`).
 
+mod litter;
 mod sentinels;
 mod theft;
 
@@ -23,7 +24,7 @@ use tokio::{
 use wilco::{Broker, QueueName, durability::Level};
 
 use crate::{
-    harness::{Attempt, Facts, Faults, Harness, Server, Theft, Unavailable, Use},
+    harness::{Attempt, Facts, Faults, Harness, Litter, Server, Theft, Unavailable, Use},
     process::{Process, free_port},
 };
 
@@ -248,6 +249,26 @@ impl Server for RedisServer {
             .map_err(|error| Unavailable::because(format!("the server cannot be asked: {error}")))
     }
 
+    async fn litter(&self, place: Litter<'_>) -> Result<usize, Unavailable> {
+        let address = self.process.address();
+        let appended = async {
+            match place {
+                Litter::Queue(queue) => {
+                    let mut raw = Raw::connect(address).await?;
+                    litter::append(&mut raw, &format!("wilco:{{{queue}}}:stream")).await
+                }
+                Litter::Reports(theft) => {
+                    let mut raw = theft::login(address, theft).await?;
+                    let tray = format!("wilco:{{{}}}:tray", theft.own.queue());
+                    litter::append(&mut raw, &tray).await
+                }
+            }
+        };
+        appended
+            .await
+            .map_err(|error| Unavailable::because(error.to_string()))
+    }
+
     fn faults(&self) -> Result<&dyn Faults, Unavailable> {
         Ok(self)
     }
@@ -314,11 +335,17 @@ impl Raw {
 
     /// Every text and number of the answer, in its order.
     async fn ask(&mut self, command: &[&str]) -> std::io::Result<Vec<String>> {
-        let mut sent = format!("*{}\r\n", command.len());
+        let parts: Vec<_> = command.iter().map(|part| part.as_bytes()).collect();
+        self.ask_bytes(&parts).await
+    }
+
+    async fn ask_bytes(&mut self, command: &[&[u8]]) -> std::io::Result<Vec<String>> {
+        let mut sent = format!("*{}\r\n", command.len()).into_bytes();
         for part in command {
-            sent.push_str(&format!("${}\r\n{part}\r\n", part.len()));
+            sent.extend(format!("${}\r\n", part.len()).into_bytes());
+            sent.extend([part, &b"\r\n"[..]].concat());
         }
-        self.0.get_mut().write_all(sent.as_bytes()).await?;
+        self.0.get_mut().write_all(&sent).await?;
         let mut texts = Vec::new();
         let mut left = 1;
         while left > 0 {

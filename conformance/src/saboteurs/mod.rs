@@ -27,7 +27,7 @@ pub use wrap::{Inner, Sabotage};
 
 use crate::{
     check::CheckError,
-    harness::{Attempt, Cluster, Facts, Faults, Harness, Server, Theft, Unavailable, Use},
+    harness::{Attempt, Cluster, Facts, Faults, Harness, Litter, Server, Theft, Unavailable, Use},
 };
 
 /// One saboteur and the check that has to catch it.
@@ -121,6 +121,10 @@ impl Server for SabotagedServer {
 
     async fn forbidden(&self, theft: &Theft<'_>) -> Result<Vec<Attempt>, Unavailable> {
         self.server.forbidden(theft).await
+    }
+
+    async fn litter(&self, place: Litter<'_>) -> Result<usize, Unavailable> {
+        self.server.litter(place).await
     }
 }
 

@@ -1,7 +1,14 @@
 //! Saboteurs of section S.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
-use wilco::{Deadline, GuestAddress, Result};
+use secrecy::ExposeSecret as _;
+use url::Url;
+use wilco::{
+    Deadline, ErrorKind, GuestAddress, GuestCredential, QueueName, Result,
+    broker::{ConsumeOptions, Consumer, Delivery},
+};
 
 use super::wrap::{Inner, Sabotage};
 
@@ -18,5 +25,65 @@ impl Sabotage for RevokesNothing {
         _by: Deadline,
     ) -> Result<()> {
         Ok(())
+    }
+}
+
+/// Gives to each guest the user that every RabbitMQ begins with, who may do everything.
+#[derive(Debug, Default)]
+pub(super) struct GivesAwayAllRights;
+
+#[async_trait]
+impl Sabotage for GivesAwayAllRights {
+    async fn issue_credential(
+        &self,
+        inner: &Inner,
+        address: &GuestAddress,
+        reports: &QueueName,
+        by: Deadline,
+    ) -> Result<GuestCredential> {
+        let issued = inner.issue_credential(address, reports, by).await?;
+        let odd = || wilco::Error::new(ErrorKind::InvalidUrl, "the credential's URL is none");
+        let mut url = Url::parse(issued.url().expose_secret()).map_err(|_| odd())?;
+        url.set_username("guest").map_err(|()| odd())?;
+        url.set_password(Some("guest")).map_err(|()| odd())?;
+        Ok(GuestCredential::new(address.clone(), url).with_right("everything"))
+    }
+}
+
+/// Takes out of the queue what has no kind that could be read, and shows it to nobody.
+#[derive(Debug, Default)]
+pub(super) struct DropsWhatItCannotRead;
+
+#[async_trait]
+impl Sabotage for DropsWhatItCannotRead {
+    async fn consume(
+        &self,
+        inner: &Inner,
+        queue: &QueueName,
+        options: ConsumeOptions,
+        by: Deadline,
+    ) -> Result<Box<dyn Consumer>> {
+        Ok(Box::new(Dropping(inner.consume(queue, options, by).await?)))
+    }
+}
+
+#[derive(Debug)]
+struct Dropping(Box<dyn Consumer>);
+
+#[async_trait]
+impl Consumer for Dropping {
+    async fn next(&mut self) -> Result<Delivery> {
+        loop {
+            let delivery = self.0.next().await?;
+            if delivery.message.kind.as_str() != "unknown" {
+                return Ok(delivery);
+            }
+            delivery
+                .ack(Deadline::after(Duration::from_secs(5)))
+                .await?;
+        }
+    }
+    async fn close(self: Box<Self>, by: Deadline) -> Result<()> {
+        self.0.close(by).await
     }
 }

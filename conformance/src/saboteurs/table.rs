@@ -84,6 +84,8 @@ macro_rules! for_each_saboteur {
             rewords_errors: requests::RewordsErrors => r8_errors_pass_typed_and_whole;
             pings_through_the_queue: requests::PingsThroughTheQueue => r9_pings_never_touch_the_durable_queue;
             revokes_nothing: secrets::RevokesNothing => s1_a_guests_credential_is_worth_one_queue;
+            gives_away_all_rights: secrets::GivesAwayAllRights => s1_a_guests_credential_is_worth_one_queue;
+            drops_what_it_cannot_read: secrets::DropsWhatItCannotRead => s2_what_no_client_would_send_is_parked;
             lies_about_durability: queues::LiesAboutDurability => d1_the_report_is_honest;
             claims_what_it_does_not_know: queues::ClaimsWhatItDoesNotKnow => d2_require_refuses_what_the_report_does_not_show;
             forgets_on_a_kill: queues::EmptiesOnRestart => f1_a_kill_after_the_confirm_loses_nothing;

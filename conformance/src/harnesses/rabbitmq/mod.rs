@@ -2,6 +2,7 @@
 //! own, and one for each check that breaks it.
 
 mod administration;
+mod litter;
 mod node;
 mod theft;
 
@@ -23,7 +24,7 @@ use self::{
     administration::{ask, indexed, names},
     node::Node,
 };
-use crate::harness::{Attempt, Facts, Faults, Harness, Server, Theft, Unavailable, Use};
+use crate::harness::{Attempt, Facts, Faults, Harness, Litter, Server, Theft, Unavailable, Use};
 
 /// Three heartbeats of the default of two seconds, and what a loaded machine takes.
 const TAKEOVER: Duration = Duration::from_secs(7);
@@ -183,6 +184,34 @@ impl Server for Vhost {
         theft::attempts(&self.admin_url()?, self.node.management, theft)
             .await
             .map_err(Unavailable::because)
+    }
+
+    async fn litter(&self, place: Litter<'_>) -> Result<usize, Unavailable> {
+        let address = self.node.process.address();
+        let published = match place {
+            Litter::Queue(queue) => {
+                let by = litter::Publisher {
+                    user: "guest",
+                    password: "guest",
+                    vhost: &self.vhost,
+                    exchange: "",
+                    key: queue.as_str(),
+                };
+                litter::publish(address, &by).await
+            }
+            Litter::Reports(theft) => {
+                let (user, password) = theft::login(theft).map_err(Unavailable::because)?;
+                let by = litter::Publisher {
+                    user: &user,
+                    password: &password,
+                    vhost: &self.vhost,
+                    exchange: &format!("{}.out", theft.own.queue()),
+                    key: theft.reports.as_str(),
+                };
+                litter::publish(address, &by).await
+            }
+        };
+        published.map_err(Unavailable::because)
     }
 
     fn faults(&self) -> Result<&dyn Faults, Unavailable> {

@@ -39,6 +39,13 @@ pub(super) async fn attempts(
     thief.try_all(theft, management, &user, &vhost).await
 }
 
+/// The guest's user and password.
+pub(super) fn login(theft: &Theft<'_>) -> Result<(String, String), String> {
+    let url = Url::parse(theft.url).map_err(|error| error.to_string())?;
+    let password = url.password().unwrap_or_default();
+    Ok((unescaped(url.username()), unescaped(password)))
+}
+
 async fn connect(url: &str) -> Result<Connection, String> {
     let connected = Connection::connect(url, ConnectionProperties::default()).await;
     connected.map_err(|error| error.to_string())

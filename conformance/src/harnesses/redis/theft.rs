@@ -105,6 +105,20 @@ const TRIED: &[(&str, On, &str)] = &[
     ("administer", On::Broker, "SHUTDOWN NOSAVE"),
 ];
 
+/// A connection of the guest's.
+pub(super) async fn login(address: SocketAddr, theft: &Theft<'_>) -> io::Result<Raw> {
+    Raw::login(address, theft.own.queue().as_str(), password(theft)?).await
+}
+
+fn password<'a>(theft: &Theft<'a>) -> io::Result<&'a str> {
+    // The name needs no escaping, so it stands in the URL as it is.
+    let (_, rest) = theft
+        .url
+        .split_once(&format!("{}:", theft.own.queue()))
+        .ok_or_else(|| io::Error::other("the URL has no user of the queue's name"))?;
+    Ok(rest.split('@').next().unwrap_or_default())
+}
+
 pub(super) async fn forbidden(address: SocketAddr, theft: &Theft<'_>) -> io::Result<Vec<Attempt>> {
     let no_bindings = Answer::NoSuchThing("no queue gets messages by way of another");
     let mut attempts = vec![
@@ -112,12 +126,7 @@ pub(super) async fn forbidden(address: SocketAddr, theft: &Theft<'_>) -> io::Res
         Attempt::new("bind", On::OwnQueue, "", no_bindings),
     ];
     let queue = theft.own.queue();
-    // The name needs no escaping, so it stands in the URL as it is.
-    let (_, rest) = theft
-        .url
-        .split_once(&format!("{queue}:"))
-        .ok_or_else(|| io::Error::other("the URL has no user of the queue's name"))?;
-    let password = rest.split('@').next().unwrap_or_default();
+    let password = password(theft)?;
     for (what, on, how) in TRIED {
         let command = how
             .replace("OTHER:", &keys(&theft.other.queue()))

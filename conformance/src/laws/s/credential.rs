@@ -9,6 +9,7 @@ use wilco::{
     broker::{Consumer, QueueSpec, Responder},
 };
 
+use super::litter::among_reports;
 use crate::{
     check::{CheckError, CheckResult, Cx, Evidence},
     harness::{Answer, FORBIDDEN, Theft},
@@ -22,7 +23,7 @@ use crate::{
 const CONTROL_PLANE: &str = "conformance-s1";
 
 /// A credential does a whole guest's work, provisioned by a taskmanager too; the server refuses each
-/// verb outside it; and once it is revoked nobody connects with it, and who was connected is cut off.
+/// verb outside it; nothing that is sent in place of reports stops those of others (S2); and once it is revoked nobody connects with it, and who was connected is cut off.
 pub async fn s1_a_guests_credential_is_worth_one_queue(cx: &Cx) -> CheckResult {
     cx.server.admin_url()?;
     let place = tempfile::tempdir().map_err(|error| CheckError::failed("a directory", error))?;
@@ -39,7 +40,8 @@ pub async fn s1_a_guests_credential_is_worth_one_queue(cx: &Cx) -> CheckResult {
     let mut lane = prepare_neighbour(&*admin, &*neighbour, &other).await?;
     let (handle, consumer, responder) = work(&*admin, &stolen, &reports).await?;
 
-    let refused = is_refused(cx, &stolen, &other, &reports).await?;
+    let theft = stolen.theft(&other, &reports);
+    let refused = is_refused(cx, &theft).await?;
     let status = admin.status(&other.queue(), long()).await?;
     same(
         "the neighbour's messages",
@@ -52,6 +54,8 @@ pub async fn s1_a_guests_credential_is_worth_one_queue(cx: &Cx) -> CheckResult {
         admin.status(&reports, long()).await?.ready,
         0,
     )?;
+
+    let litter = among_reports(cx, &*admin, &*neighbour, &theft).await?;
 
     revoked(&*admin, &stolen, consumer, responder).await?;
     drop(handle);
@@ -84,6 +88,7 @@ pub async fn s1_a_guests_credential_is_worth_one_queue(cx: &Cx) -> CheckResult {
 
     let events = provisioned(cx, admin, place.path()).await?;
     Ok(Evidence::of("verbs refused by the server", refused)
+        .and("pieces of litter among the reports", litter)
         .and("steps of a provisioning seen", events))
 }
 
@@ -129,6 +134,16 @@ impl Issued {
         let url = credential.store(&place)?;
         let url = Url(secret(&url).to_owned());
         Ok(Self { credential, url })
+    }
+
+    fn theft<'a>(&'a self, other: &'a GuestAddress, reports: &'a QueueName) -> Theft<'a> {
+        Theft {
+            own: &self.credential.address,
+            credential: &self.credential,
+            url: &self.url.0,
+            other,
+            reports,
+        }
     }
 
     async fn connect(&self) -> wilco::Result<Arc<dyn Broker>> {
@@ -231,20 +246,8 @@ async fn ping(
 }
 
 /// The list, tried on the server itself by the plain client.
-async fn is_refused(
-    cx: &Cx,
-    stolen: &Issued,
-    other: &GuestAddress,
-    reports: &QueueName,
-) -> Result<usize, CheckError> {
-    let theft = Theft {
-        own: &stolen.credential.address,
-        credential: &stolen.credential,
-        url: &stolen.url.0,
-        other,
-        reports,
-    };
-    let attempts = cx.server.forbidden(&theft).await?;
+async fn is_refused(cx: &Cx, theft: &Theft<'_>) -> Result<usize, CheckError> {
+    let attempts = cx.server.forbidden(theft).await?;
     for (what, on) in FORBIDDEN {
         let tried = attempts
             .iter()
