@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")"
 seconds=${1:-10}
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- command report lane stored text fleet
+[ $# -gt 0 ] || set -- command report lane stored text fleet brokers
 
 host=$(rustc -vV | sed -n 's/^host: //p')
 if ! command -v c++ >/dev/null; then

@@ -40,3 +40,18 @@ pub fn answer(body: &[u8]) {
 pub fn drive(record: &Record) {
     fuzz_drive(record);
 }
+
+#[cfg(feature = "rabbitmq")]
+pub fn rabbitmq(frame: &[u8]) {
+    crate::backends::rabbitmq::fuzz(frame);
+}
+
+#[cfg(feature = "nats")]
+pub fn nats(headers: &[u8]) {
+    crate::backends::nats::fuzz(headers);
+}
+
+#[cfg(feature = "redis")]
+pub fn redis(value: &[u8]) {
+    crate::backends::redis::fuzz(value);
+}

@@ -51,6 +51,9 @@ mod topology;
 mod trays;
 mod unreadable;
 
+#[cfg(fuzzing)]
+pub(crate) use unreadable::fuzz;
+
 use std::{num::NonZeroU32, sync::Arc};
 
 use async_trait::async_trait;

@@ -83,6 +83,20 @@ pub(super) async fn first(
     Ok(unreadable)
 }
 
+/// Headers as they are stored: whatever they are, a message can be made of them, and written and read again.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(raw: &[u8]) {
+    let _ = is_readable(raw);
+    let headers = form::parse(raw);
+    let message = form::read(Some(&headers), bytes::Bytes::new(), 7);
+    let _ = form::was_letter(Some(&headers));
+    let letter = form::read_dead(&headers, bytes::Bytes::new(), 7);
+    let again = form::dead_headers(&message, &letter.reason, letter.attempts);
+    let again = form::read_dead(&again, bytes::Bytes::new(), 7);
+    assert_eq!(again.message, message);
+    assert!(letter.reason.starts_with(&again.reason));
+}
+
 #[cfg(test)]
 mod tests {
     use super::is_readable;

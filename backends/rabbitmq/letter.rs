@@ -129,6 +129,11 @@ pub(super) fn key(properties: &BasicProperties) -> String {
         .unwrap_or_else(|| "unnamed".into())
 }
 
+/// Whether another program stored it, which gave it no name of its own.
+pub(super) fn is_foreign(properties: &BasicProperties) -> bool {
+    header(properties, KEY).is_none()
+}
+
 pub(super) fn death(properties: &BasicProperties) -> Death {
     let attempts = number(properties, ATTEMPTS)
         .or_else(|| number(properties, "x-delivery-count"))

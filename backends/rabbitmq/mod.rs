@@ -42,6 +42,9 @@ mod stream;
 mod tame;
 mod topology;
 
+#[cfg(fuzzing)]
+pub(crate) use tame::fuzz;
+
 use std::{
     num::NonZeroU32,
     sync::{Arc, Mutex, MutexGuard, PoisonError},

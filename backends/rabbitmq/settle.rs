@@ -10,6 +10,7 @@ use std::{
 use futures_util::future::join_all;
 use lapin::options::{BasicAckOptions, BasicNackOptions};
 use tokio::{sync::oneshot, time::Instant};
+use uuid::Uuid;
 
 use super::{
     barrier::{self, MOST_FRAMES},
@@ -113,7 +114,10 @@ impl Station {
                 let out = all.get(&tag)?;
                 let attempts = out.attempt.min(limit);
                 let death = Death { reason, attempts };
-                let letter = dead::letter(&holder.core, queue, &out.message, &out.key, &death);
+                // Of its own from here on: by its key it is listed, and sent back.
+                let own = out.foreign.then(|| Uuid::new_v4().simple().to_string());
+                let key = own.as_ref().unwrap_or(&out.key);
+                let letter = dead::letter(&holder.core, queue, &out.message, key, &death);
                 Some((tag, core.outbox.publish(letter, deadline).await, reply))
             });
         for (tag, answer, reply) in join_all(stored).await.into_iter().flatten() {

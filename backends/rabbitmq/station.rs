@@ -35,6 +35,8 @@ const HEAD_ROOM: std::ops::RangeInclusive<usize> = 16..=1024;
 /// A message that this consumer has from the broker.
 pub(super) struct Out {
     pub(super) key: String,
+    /// Another program wrote it, and its key may be others' too.
+    pub(super) foreign: bool,
     pub(super) attempt: u32,
     pub(super) message: Message,
 }
@@ -217,6 +219,7 @@ impl Station {
     pub(super) fn received(&mut self, holder: &Arc<Holder>, delivery: Raw) {
         let tag = delivery.delivery_tag;
         let key = letter::key(&delivery.properties);
+        let foreign = letter::is_foreign(&delivery.properties);
         self.note_if_uncounted(&key, &delivery.properties);
         let noted = self.register.as_ref().map(|register| &register.notes);
         let uncounted = noted.and_then(|notes| notes.uncounted.get(&key));
@@ -233,6 +236,7 @@ impl Station {
         }
         let out = Out {
             key,
+            foreign,
             attempt,
             message: message.clone(),
         };

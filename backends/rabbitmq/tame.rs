@@ -148,6 +148,30 @@ impl<'a> Walk<'a> {
     }
 }
 
+/// A frame as it comes from the network: what lapin makes of it, and we of that.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use super::letter;
+
+    let mut bytes = bytes.to_vec();
+    let Some(size) = frame(&bytes) else { return };
+    tame(&mut bytes[..size]);
+    let again = bytes.clone();
+    tame(&mut bytes[..size]);
+    assert_eq!(bytes, again, "once is enough");
+    let properties = bytes.get(19..size.saturating_sub(1)).unwrap_or_default();
+    if bytes[0] != HEADER {
+        return;
+    }
+    if let Ok((_, properties)) = lapin::protocol::basic::parse_properties(properties) {
+        let message = letter::message(&properties, Vec::new());
+        let (death, key) = (letter::death(&properties), letter::key(&properties));
+        let _ = (letter::died(&properties), letter::returns(&properties));
+        let copy = letter::properties(&message, &key, Some(&death));
+        assert_eq!(letter::message(&copy, Vec::new()), message);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use lapin::{protocol::basic, types::AMQPValue};

@@ -176,6 +176,38 @@ pub(super) fn answer(value: Value) -> Option<(String, std::vec::IntoIter<Value>)
     Some((word, parts))
 }
 
+/// An entry as the server sends it.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let Ok(value) = redis::parse_redis_value(bytes) else {
+        return;
+    };
+    let _ = answer(value.clone());
+    let Some(entry) = Entry::read(value) else {
+        return;
+    };
+    match entry.message {
+        Ok(message) => {
+            let mut call = Cmd::new();
+            write(&mut call, &message);
+            // Behind the id and the count.
+            let fields = call.args_iter().skip(2).map(|arg| match arg {
+                redis::Arg::Simple(bytes) => Value::BulkString(bytes.to_vec()),
+                _ => Value::Nil,
+            });
+            let entry = vec![
+                Value::BulkString(b"1-1".to_vec()),
+                Value::Array(fields.collect()),
+            ];
+            let again = Entry::read(Value::Array(entry)).and_then(|entry| entry.message.ok());
+            assert_eq!(again, Some(message));
+        }
+        Err(foreign) => {
+            let _ = foreign.shown(&entry.id);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -68,6 +68,9 @@ mod ticket;
 mod topology;
 mod trays;
 
+#[cfg(fuzzing)]
+pub(crate) use form::fuzz;
+
 use std::{num::NonZeroU32, sync::Arc};
 
 use async_trait::async_trait;
