@@ -49,6 +49,9 @@ pub struct BrokerUrl {
     others: Vec<String>,
 }
 
+/// The longest URL (law S2): room for a hundred addresses and the paths of every file.
+const MAX_BYTES: usize = 64 * 1024;
+
 /// Every scheme of wilco's, and the feature that a build needs for it.
 const SCHEMES: &[(&str, &str, bool)] = &[
     ("sqlite", "embedded", cfg!(feature = "embedded")),
@@ -168,6 +171,12 @@ impl FromStr for BrokerUrl {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
+        if text.len() > MAX_BYTES {
+            return Err(invalid(format!(
+                "a broker URL of {} bytes; expected one of at most {MAX_BYTES}",
+                text.len()
+            )));
+        }
         let (first, others) = split_hosts(text);
         let url = Url::parse(&first).map_err(|error| {
             // The text is not repeated: it may hold a password.
@@ -295,6 +304,13 @@ mod tests {
         );
         let error = path("sqlite://a/b.db").unwrap_err().to_string();
         assert!(error.contains("sqlite:relative/path"), "{error}");
+    }
+
+    #[test]
+    fn s2_an_endless_url_is_refused_and_not_repeated() {
+        let error = parse(&format!("redis://h/{}", "x".repeat(70_000))).unwrap_err();
+        assert!(error.to_string().contains("at most 65536"), "{error}");
+        assert!(error.to_string().len() < 200);
     }
 
     #[test]

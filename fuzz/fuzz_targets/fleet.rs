@@ -11,7 +11,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: &[u8]| {
     let lines = input.split(|&byte| byte == b'\n').count();
-    let fleet = fleet::parse(input);
+    let fleet = fleet::parse(input).expect("memory can be read");
     assert!(fleet.guests.len() + fleet.malformed.len() <= lines);
     for malformed in &fleet.malformed {
         assert!((1..=lines).contains(&malformed.line) && malformed.column > 0);

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
-    io::Read,
+    io::{self, BufRead, BufReader, Read as _},
     path::Path,
     time::Duration,
 };
@@ -13,6 +13,9 @@ use serde_json::value::RawValue;
 use wilco::GuestId;
 
 use super::problem::{Exit, Outcome, Problem};
+
+/// The longest line: no prepare may be larger (`MAX_BODY_BYTES`), and what stands around it is small.
+const MAX_LINE_BYTES: usize = wilco::wire::MAX_BODY_BYTES;
 
 /// One guest of a fleet file.
 #[derive(Debug)]
@@ -93,11 +96,10 @@ pub(super) struct Malformed {
 
 /// Reads a file, or stdin for `-`.
 pub(super) fn read(path: &Path) -> Outcome<Fleet> {
-    let mut bytes = Vec::new();
     let read = if path == Path::new("-") {
-        std::io::stdin().lock().read_to_end(&mut bytes)
+        parse(std::io::stdin().lock())
     } else {
-        std::fs::File::open(path).and_then(|mut file| file.read_to_end(&mut bytes))
+        std::fs::File::open(path).and_then(|file| parse(BufReader::new(file)))
     };
     read.map_err(|error| {
         Problem::new(
@@ -107,21 +109,42 @@ pub(super) fn read(path: &Path) -> Outcome<Fleet> {
                 path.display()
             ),
         )
-    })?;
-    Ok(parse(&bytes))
+    })
 }
 
-pub(super) fn parse(bytes: &[u8]) -> Fleet {
-    let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
+/// Reads line by line: of a line that is too long no more is kept than that (law S2).
+pub(super) fn parse(mut source: impl BufRead) -> io::Result<Fleet> {
     let mut fleet = Fleet::default();
     let mut seen = HashMap::new();
-    for (line, text) in (1..).zip(bytes.split(|&byte| byte == b'\n')) {
+    let mut bytes = Vec::new();
+    for line in 1.. {
+        bytes.clear();
+        let most = MAX_LINE_BYTES as u64 + 1;
+        if source.by_ref().take(most).read_until(b'\n', &mut bytes)? == 0 {
+            break;
+        }
+        if bytes.len() > MAX_LINE_BYTES && bytes.last() != Some(&b'\n') {
+            source.skip_until(b'\n')?;
+            fleet.malformed.push(Malformed {
+                line,
+                column: 1,
+                what: format!(
+                    "this line has more than {MAX_LINE_BYTES} bytes, expected no more than that"
+                ),
+            });
+            continue;
+        }
+        let text = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
+        let text = match line {
+            1 => text.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(text),
+            _ => text,
+        };
         match parse_line(text, line, &mut seen) {
             Ok(guest) => fleet.guests.extend(guest),
             Err((column, what)) => fleet.malformed.push(Malformed { line, column, what }),
         }
     }
-    fleet
+    Ok(fleet)
 }
 
 /// The guest of one line; none for an empty line.
@@ -276,7 +299,7 @@ mod tests {
     use super::*;
 
     fn only_error(text: &str) -> Malformed {
-        let mut fleet = parse(text.as_bytes());
+        let mut fleet = parse(text.as_bytes()).unwrap();
         assert_eq!(fleet.malformed.len(), 1, "{fleet:?}");
         fleet.malformed.remove(0)
     }
@@ -290,7 +313,7 @@ mod tests {
             "{\"id\":\"c\",\"prepare\":null,\"policy\":\"enqueue_first\",",
             "\"deadlines\":{\"boot\":\"2m\"},\"env\":{\"A\":\"1\"}}"
         );
-        let fleet = parse(text.as_bytes());
+        let fleet = parse(text.as_bytes()).unwrap();
         let ids: Vec<_> = fleet.guests.iter().map(|line| line.id.as_str()).collect();
         assert_eq!(ids, ["a", "c"]);
         assert_eq!(fleet.guests[0].prepare.get(), "{ \"x\": 1.0 }");
@@ -299,6 +322,20 @@ mod tests {
         assert_eq!(boot, Some(Duration::from_secs(120)));
         assert_eq!(fleet.malformed.len(), 1);
         assert_eq!(fleet.malformed[0].line, 3);
+    }
+
+    #[test]
+    fn s2_of_a_line_without_end_no_more_is_kept_than_a_line_may_have() {
+        let good = "{\"id\":\"a\",\"prepare\":1}\n";
+        let endless = io::repeat(b' ').take(1 << 26);
+        let text = good.as_bytes().chain(endless).chain(&b"\n"[..]);
+        let last = good.replace("\"a\"", "\"b\"");
+        let fleet = parse(BufReader::new(text.chain(last.as_bytes()))).unwrap();
+        let ids: Vec<_> = fleet.guests.iter().map(|line| line.id.as_str()).collect();
+        assert_eq!(ids, ["a", "b"]);
+        assert_eq!(fleet.malformed.len(), 1);
+        assert_eq!(fleet.malformed[0].line, 2);
+        assert!(fleet.malformed[0].what.contains("16777216 bytes"));
     }
 
     #[test]
@@ -348,7 +385,7 @@ mod tests {
 
     #[test]
     fn bytes_that_are_not_utf8_are_one_bad_line() {
-        let fleet = parse(b"{\"id\":\"a\",\"prepare\":1}\n{\"id\":\"\xff\"}\n");
+        let fleet = parse(&b"{\"id\":\"a\",\"prepare\":1}\n{\"id\":\"\xff\"}\n"[..]).unwrap();
         assert_eq!(fleet.guests.len(), 1);
         assert_eq!((fleet.malformed[0].line, fleet.malformed[0].column), (2, 8));
     }
