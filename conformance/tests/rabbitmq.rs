@@ -7,10 +7,7 @@ use wilco_conformance::{for_each_check, harnesses::RabbitMq};
 const HARNESS: RabbitMq = RabbitMq;
 
 /// What its harness cannot do from outside.
-const NOT_RUN: &[&str] = &[
-    "f6_any_node_killed_loses_nothing",
-    "f9_an_alarm_refuses_and_loses_nothing",
-];
+const NOT_RUN: &[&str] = &["f6_any_node_killed_loses_nothing"];
 
 macro_rules! one {
     (c c13_none_is_lost_around_the_first_attach) => {

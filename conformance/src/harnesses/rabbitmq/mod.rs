@@ -244,4 +244,8 @@ impl Faults for Vhost {
     fn url_via(&self, proxy: SocketAddr) -> String {
         self.url_at(proxy)
     }
+
+    async fn alarm(&self, on: bool) -> Result<(), Unavailable> {
+        self.node.alarm(on).await.map_err(Unavailable::because)
+    }
 }

@@ -19,14 +19,17 @@ pub(super) struct Node {
     pub(super) process: Process,
     pub(super) management: u16,
     pub(super) version: String,
+    /// Where its name service is, by which it is told what its other administration cannot.
+    epmd: u16,
 }
 
 impl Node {
     pub(super) async fn start() -> Result<Arc<Self>, String> {
         let port = || free_port().map_err(|error| error.to_string());
-        let (amqp, management) = (port()?, port()?);
-        let command = command(
+        let (amqp, management, epmd) = (port()?, port()?, port()?);
+        let command = command_by(
             amqp,
+            epmd,
             &format!(
                 "listeners.tcp.1 = 127.0.0.1:{amqp}\n\
                  management.tcp.ip = 127.0.0.1\n\
@@ -42,6 +45,7 @@ impl Node {
             process: Process::new(address, directory, command),
             management,
             version: String::new(),
+            epmd,
         };
         node.up().await?;
         let overview = node.ask("GET", "/api/overview").await?;
@@ -62,6 +66,36 @@ impl Node {
         self.process.start(ready).await
     }
 
+    /// Says that memory has run out, as the server finds it: above so small a part of it publishers are
+    /// stopped. Or lets it have what it has by default.
+    pub(super) async fn alarm(&self, on: bool) -> Result<(), String> {
+        let program = program()?.replace("rabbitmq-server", "rabbitmqctl");
+        let directory = self.process.directory();
+        let mark = if on { "0.00001" } else { "0.4" };
+        let told = tokio::process::Command::new(program)
+            .args(["set_vm_memory_high_watermark", mark])
+            .env("HOME", directory)
+            .env("ERL_EPMD_PORT", self.epmd.to_string())
+            .env("RABBITMQ_NODENAME", name(self.process.address().port()))
+            .env("RABBITMQ_CONF_ENV_FILE", directory.join("none"))
+            .output()
+            .await
+            .map_err(|error| error.to_string())?;
+        if !told.status.success() {
+            return Err(String::from_utf8_lossy(&told.stderr).into_owned());
+        }
+        // It looks at its memory once a second. What asks after alarms fails while there is one.
+        while self
+            .ask("GET", "/api/health/checks/local-alarms")
+            .await
+            .is_ok()
+            == on
+        {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
     /// One request to the server's own administration.
     pub(super) async fn ask(&self, method: &str, path: &str) -> Result<Value, String> {
         let (port, method, path) = (self.management, method.to_owned(), path.to_owned());
@@ -80,9 +114,18 @@ pub fn command(
     configuration: &str,
     plugins: &str,
 ) -> Result<impl Fn(&Path) -> Command + Send + Sync + use<>, String> {
+    let epmd = free_port().map_err(|error| error.to_string())?;
+    command_by(amqp, epmd, configuration, plugins)
+}
+
+fn command_by(
+    amqp: u16,
+    epmd: u16,
+    configuration: &str,
+    plugins: &str,
+) -> Result<impl Fn(&Path) -> Command + Send + Sync + use<>, String> {
     let program = program()?;
-    let port = || free_port().map_err(|error| error.to_string());
-    let (distribution, epmd) = (port()?, port()?);
+    let distribution = free_port().map_err(|error| error.to_string())?;
     let files = [
         (
             "rabbitmq.conf",
@@ -107,7 +150,7 @@ pub fn command(
             .env("HOME", directory)
             .env("ERL_EPMD_PORT", epmd.to_string())
             .env("ERL_EPMD_ADDRESS", "127.0.0.1")
-            .env("RABBITMQ_NODENAME", format!("wilco{amqp}@localhost"))
+            .env("RABBITMQ_NODENAME", name(amqp))
             .env("RABBITMQ_DIST_PORT", distribution.to_string())
             .env("RABBITMQ_MNESIA_BASE", path("data"))
             .env("RABBITMQ_LOG_BASE", path("log"))
@@ -121,6 +164,10 @@ pub fn command(
             );
         command
     })
+}
+
+fn name(amqp: u16) -> String {
+    format!("wilco{amqp}@localhost")
 }
 
 fn program() -> Result<String, String> {
