@@ -49,6 +49,7 @@ mod settle;
 mod tls;
 mod topology;
 mod trays;
+mod unfinished;
 
 use std::{num::NonZeroU32, sync::Arc};
 

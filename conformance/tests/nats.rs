@@ -273,3 +273,46 @@ async fn q6_deletes_at_once_leave_the_next_queue_alone() {
     }
     assert!(stood > ROUNDS / 2, "most leave the new one alone: {stood}");
 }
+
+/// Queues that are looked for in every moment of their making: by guests that wait for them, and by others
+/// that declare them too (laws Q1, Q5).
+///
+/// Only here, since before 2.9.15 this server falls when it is asked what such a queue holds.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn q1_queues_are_looked_for_while_they_are_made() {
+    const QUEUES: usize = 300;
+    const AT_ONCE: usize = 16;
+    let within = || Deadline::after(Duration::from_secs(60));
+    let server = HARNESS.start(Use::Alone).await.expect("a server");
+    let control = server.connect().await.expect("a handle");
+    let mut guests = Vec::new();
+    for _ in 0..4 {
+        guests.push(server.connect().await.expect("another"));
+    }
+    let made = futures_util::stream::iter(0..QUEUES).map(async |n| {
+        let id = GuestId::new(format!("young-{n}")).expect("an id");
+        let queue = GuestAddress::from(id).queue();
+        let spec = QueueSpec::new(queue.clone());
+        let looks = guests.iter().map(async |guest| {
+            let mut times = 0;
+            loop {
+                times += 1;
+                match guest.status(&queue, within()).await {
+                    Ok(status) => {
+                        assert_eq!(status.messages(), 0);
+                        break;
+                    }
+                    Err(error) => assert_eq!(*error.kind(), ErrorKind::NoQueue, "{error}"),
+                }
+            }
+            times
+        });
+        let looks = futures_util::future::join_all(looks);
+        let (declared, looks) = tokio::join!(control.declare(&spec, within()), looks);
+        declared.expect("a queue");
+        looks.into_iter().max().unwrap_or(0)
+    });
+    let looked: Vec<u32> = made.buffer_unordered(AT_ONCE).collect().await;
+    let early = looked.iter().filter(|times| **times > 1).count();
+    assert!(early > QUEUES / 2, "most are looked for too early: {early}");
+}
