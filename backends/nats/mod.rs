@@ -7,7 +7,7 @@
 //! (`settle`). What the server does not keep is in a small message beside them (`notes`). Dead letters are
 //! messages of the same stream under other subjects (`dead`). Requests go over core NATS (`requests`).
 //!
-//! For a queue `wilco.q.vm-0042.1` there are, with its name shortened to `Q`:
+//! For a queue `wilco.q.vm-0042.1` there are, with its name shortened to `Q`, and to `q` without its first word:
 //!
 //! | subject | what |
 //! | --- | --- |
@@ -15,12 +15,12 @@
 //! | `Q.dead.<sequence>` | dead letters, in the same stream |
 //! | `Q.a`, `Q.b` | the notes, in the same stream: one copy, at times two |
 //! | `Q.lock` | nothing; whoever has made the consumer of it is attached |
-//! | `Q.hold.<token>`, `Q.held` | where the attached consumer says that it lives, and what it holds |
-//! | `Q.ping`, `Q.lane.<token>` | the lane of requests, and where its responder says that it lives |
-//! | `wilco.lane.q.vm-0042.1` | the claim to the lane, in the stream `wilco~lanes`, in memory |
+//! | `wilco.live.q.hold.<token>`, `….held` | where the attached consumer says that it lives, and what it holds |
+//! | `wilco.live.q.ping`, `….lane.<token>` | the lane of requests, and where its responder says that it lives |
+//! | `wilco.lane.q` | the claim to the lane, in the stream `wilco~lanes`, in memory |
 //!
 //! Guests with a credential (`credentials`, `guest`) leave their reports on subjects of their own,
-//! `wilco.tray.r.main.q.vm-0042.1`, in the stream `wilco~trays` (`trays`); the stream `wilco~keys` has their
+//! `wilco.tray.r.main.q`, in the stream `wilco~trays` (`trays`); the stream `wilco~keys` has their
 //! public keys.
 //!
 //! The client connects again by itself, and what it was handed while it could not send it sends later or
