@@ -199,7 +199,9 @@ async fn settle_in(
     notes.holder = Some(token.to_owned());
     notes.consumer = Some(consumer.clone());
     notes.write(link, names, deadline).await?;
-    notes.tidy(link, names, deadline).await?;
+    if let Some(old) = notes.take_old() {
+        link.forget(names, old, deadline).await?;
+    }
     for (name, _) in &dead {
         link.drop_consumer(names, name, deadline).await?;
     }

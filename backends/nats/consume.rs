@@ -17,6 +17,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
     time::{Instant, sleep},
@@ -112,6 +113,8 @@ pub(super) struct Inner {
     pub(super) buffer: VecDeque<Received>,
     /// Handed out and not settled yet, by sequence.
     pub(super) held: HashMap<u64, Held>,
+    /// How many of the held the server has confirmed: they take no room (law C9).
+    confirmed: usize,
     /// Dropped unsettled, still among the held.
     pub(super) loose: Vec<Received>,
     /// When each that waits for its delay is due.
@@ -147,6 +150,19 @@ pub(super) struct Held {
     pub(super) live: bool,
     /// It is on its way back to the server, and may come again before the server's word that it arrived.
     pub(super) returning: bool,
+    /// The server has confirmed that it is settled, which is not believed yet.
+    pub(super) confirmed: bool,
+}
+
+impl Held {
+    fn new(received: &Received, live: bool) -> Self {
+        Self {
+            reply: received.reply().to_owned(),
+            live,
+            returning: false,
+            confirmed: false,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -255,6 +271,7 @@ async fn begin(
         phase: Phase::Attached,
         buffer: VecDeque::new(),
         held: HashMap::new(),
+        confirmed: 0,
         loose: Vec::new(),
         delayed: delayed
             .map(|(sequence, mark)| (*sequence, now.0 + Duration::from_millis(mark.due - now.1)))
@@ -362,13 +379,36 @@ impl Inner {
 
     fn hand_out(&mut self, received: &Received) -> u32 {
         self.marks.entry(received.sequence).or_default().seen += 1;
-        let held = Held {
-            reply: received.reply().to_owned(),
-            live: true,
-            returning: false,
-        };
-        self.held.insert(received.sequence, held);
+        self.held
+            .insert(received.sequence, Held::new(received, true));
         self.handed_out(received.sequence)
+    }
+
+    /// One is held no more.
+    pub(super) fn let_go(&mut self, sequence: u64) {
+        if let Some(held) = self.held.remove(&sequence) {
+            self.confirmed -= usize::from(held.confirmed);
+        }
+    }
+
+    /// The marks as they are noted. What is in hand of one that is attached is not counted yet: when that
+    /// dies, its floor counts it. So there is nothing to note of what was handed out for the first time.
+    fn marks_to_note(&self) -> BTreeMap<u64, Mark> {
+        if self.phase != Phase::Attached {
+            return self.marks.clone();
+        }
+        let now = now_ms();
+        let noted = self.marks.iter().map(|(sequence, mark)| {
+            let in_hand = self.held.get(sequence).is_some_and(|held| !held.returning);
+            match in_hand && mark.due <= now {
+                true => {
+                    let (seen, due) = (mark.seen - 1, 0);
+                    (*sequence, Mark { seen, due })
+                }
+                false => (*sequence, *mark),
+            }
+        });
+        noted.filter(|(_, mark)| *mark != Mark::default()).collect()
     }
 }
 
@@ -449,7 +489,7 @@ impl Hold {
         Told {
             made: self.made.clone(),
             attached: inner.phase == Phase::Attached,
-            in_flight: inner.held.len() as u64,
+            in_flight: (inner.held.len() - inner.confirmed) as u64,
             delayed: inner.delayed.values().filter(|due| **due > now).count() as u64,
         }
     }
@@ -474,14 +514,29 @@ impl Hold {
         Err(settle::unknown())
     }
 
-    /// A message is settled for certain: it is held no more, and there is room for another.
+    /// The server has confirmed that a message is settled: there is room for another, whatever is found out
+    /// of that still.
+    pub(super) fn confirmed(&self, sequence: u64) {
+        {
+            let mut inner = lock(&self.inner);
+            let inner = &mut *inner;
+            if let Some(held) = inner.held.get_mut(&sequence)
+                && !std::mem::replace(&mut held.confirmed, true)
+            {
+                inner.confirmed += 1;
+            }
+        }
+        self.wake.notify_one();
+    }
+
+    /// A message is settled for certain: it is held no more.
     ///
     /// Where the server would forget that when it is killed, it is noted first (law C2).
     pub(super) async fn settled(&self, sequence: u64, deadline: Deadline) -> Result<()> {
         let forgetful = !self.link.is_synced();
         {
             let mut inner = lock(&self.inner);
-            inner.held.remove(&sequence);
+            inner.let_go(sequence);
             inner.marks.remove(&sequence);
             if forgetful {
                 settle(&mut inner.settled, sequence);
@@ -593,6 +648,7 @@ async fn write_notes(
     mut notes: Notes,
     mut orders: mpsc::Receiver<Order>,
 ) {
+    let mut tidying: Option<tokio::task::JoinHandle<()>> = None;
     while let Some(order) = orders.recv().await {
         let mut all = vec![order];
         while let Ok(order) = orders.try_recv() {
@@ -629,11 +685,13 @@ async fn write_notes(
                 .map_err(|error| Error::new(error.kind().clone(), error.message().to_owned()));
             let _ = order.done.send(answer);
         }
-        if let Err(error) = notes
-            .tidy(&hold.link, &hold.names, Deadline::after(GOING))
-            .await
-        {
-            tracing::debug!(%error, "an old copy of the notes is left");
+        // Not waited for: an old copy is in nobody's way, unless the queue takes one message only, and then
+        // the writer takes it away.
+        if let Some(old) = notes.take_old() {
+            if let Some(tidying) = tidying.take() {
+                let _ = tidying.await;
+            }
+            tidying = Some(tokio::spawn(tidy(Settling::begin(&hold), hold, old)));
         }
     }
 }
@@ -641,7 +699,7 @@ async fn write_notes(
 async fn write(hold: &Hold, notes: &mut Notes) -> Result<()> {
     {
         let inner = lock(&hold.inner);
-        notes.marks.clone_from(&inner.marks);
+        notes.marks = inner.marks_to_note();
         notes.settled.clone_from(&inner.settled);
         if inner.phase != Phase::Attached {
             notes.holder = None;
@@ -655,6 +713,17 @@ async fn write(hold: &Hold, notes: &mut Notes) -> Result<()> {
         settle(&mut lock(&hold.inner).settled, notes.place());
     }
     Ok(())
+}
+
+/// Once only, and counted as a settlement, for which whoever deletes the queue waits: later it might be
+/// another queue's message that has this place.
+async fn tidy(_settling: Settling, hold: Arc<Hold>, old: u64) {
+    let verb = format!("STREAM.MSG.DELETE.{}", hold.names.stream);
+    let body = json!({ "seq": old, "no_erase": true });
+    let deleted = hold.link.api_once(&verb, &body, Deadline::after(GOING));
+    if let Err(error) = deleted.await {
+        tracing::debug!(?error, "an old copy of the notes is left");
+    }
 }
 
 async fn look(hold: &Hold) -> Result<bool> {
@@ -737,9 +806,10 @@ async fn pull(hold: &Arc<Hold>, inbox: &str, number: &mut u64) {
     let room = {
         let mut inner = lock(&hold.inner);
         let asked: usize = inner.pulls.iter().map(|pull| pull.left).sum();
+        let unsettled = inner.held.len() - inner.confirmed;
         let room = hold
             .prefetch
-            .saturating_sub(inner.buffer.len() + inner.held.len() + asked);
+            .saturating_sub(inner.buffer.len() + unsettled + asked);
         // A few large pulls rather than many of one, but never none while there is room.
         if room == 0 || (asked > 0 && room < hold.prefetch.div_ceil(4)) {
             return;
@@ -816,7 +886,7 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
             // Its lease ran out while nobody could keep it, and nobody else has it: the same delivery.
             return;
         }
-        inner.held.remove(&sequence);
+        inner.let_go(sequence);
         inner.delayed.remove(&sequence);
         received.attempt = inner.handed_out(sequence);
         let due = inner.marks.get(&sequence).map_or(0, |mark| mark.due);
@@ -841,15 +911,7 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
     let mut inner = lock(&hold.inner);
     if received.attempt >= hold.limit {
         // Given back by one that could not say so any more: it goes to the dead letters.
-        let reply = received.reply().to_owned();
-        inner.held.insert(
-            sequence,
-            Held {
-                reply,
-                live: false,
-                returning: false,
-            },
-        );
+        inner.held.insert(sequence, Held::new(&received, false));
         inner.loose.push(received);
         drop(inner);
         hold.wake.notify_one();
@@ -912,6 +974,7 @@ async fn leave(hold: &Arc<Hold>, arrivals: Subscriber) {
     let mut inner = lock(&hold.inner);
     if !inner.shared {
         inner.held.clear();
+        inner.confirmed = 0;
         inner.loose.clear();
     }
     if matches!(inner.phase, Phase::Leaving(_)) {

@@ -171,18 +171,9 @@ impl Notes {
         self.sequence
     }
 
-    /// Takes away the copy before the one that was written last; to be done before the next.
-    pub(super) async fn tidy(
-        &mut self,
-        link: &Link,
-        names: &Names,
-        deadline: Deadline,
-    ) -> Result<()> {
-        let old = std::mem::take(&mut self.old);
-        if old > 0 {
-            link.forget(names, old, deadline).await?;
-        }
-        Ok(())
+    /// Where the copy before that one is, which is to be taken away.
+    pub(super) fn take_old(&mut self) -> Option<u64> {
+        Some(std::mem::take(&mut self.old)).filter(|old| *old > 0)
     }
 }
 
