@@ -19,9 +19,10 @@ use super::{
     attach::{delivered, still_there},
     closed,
     connection::{Link, Unanswered, lock},
-    consume::{Hold, Phase, Received, Settling, place},
     form,
+    hold::{Hold, Phase, Settling},
     notes::now_ms,
+    received::{Received, place},
 };
 use crate::{
     broker::{Lease as LeaseTrait, Settlement},

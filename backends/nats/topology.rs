@@ -10,8 +10,8 @@ use tokio::time::sleep;
 use super::{
     api::{Description, Refusal, STREAM_EXISTS, SUBJECTS_OVERLAP, Stream},
     connection::{Link, Unanswered},
-    consume::Told,
     delete,
+    hold::Told,
     names::{LANES, Names, token},
     notes::Notes,
 };
