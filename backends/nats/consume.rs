@@ -78,7 +78,7 @@ async fn begin(
     let alive = subscribe(names.hold(&token)).await?;
     let arrivals = subscribe(format!("{inbox}.*")).await?;
     let first = stream.first();
-    let attached = attach(&link, &names, &token, first, deadline).await?;
+    let attached = attach(&link, &names, &token, &made, first, deadline).await?;
     let (scribe, orders) = mpsc::channel(64);
     let prefetch = usize::try_from(options.prefetch.get()).unwrap_or(usize::MAX);
     let mut notes = attached.notes;

@@ -209,7 +209,8 @@ pub(super) async fn status(
             status.delayed = told.delayed.min(living - status.in_flight);
         }
         _ if living > 0 => {
-            let notes = Notes::read(link, &names, deadline).await?;
+            let notes =
+                Notes::read(link, &names, made.as_deref().unwrap_or_default(), deadline).await?;
             status.delayed = notes.delayed().min(living);
         }
         _ => {}

@@ -4,6 +4,7 @@ mod common;
 
 use std::{num::NonZeroU32, task::Poll, time::Duration};
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use futures_util::StreamExt;
 use wilco::{
     Deadline, ErrorKind, GuestAddress, GuestId, Message, MessageId,
@@ -272,6 +273,63 @@ async fn q6_deletes_at_once_leave_the_next_queue_alone() {
         }
     }
     assert!(stood > ROUNDS / 2, "most leave the new one alone: {stood}");
+}
+
+/// What the consumer of a queue that was deleted writes late comes to the next queue of that name, whose
+/// numbers begin anew: it means nothing there (laws C2, Q6).
+///
+/// Only here, since here what was settled is noted beside the messages, where the server does not sync.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn c2_late_notes_of_a_deleted_queue_settle_nothing_in_the_next() {
+    const MESSAGES: usize = 3;
+    let within = || Deadline::after(Duration::from_secs(20));
+    let server = HARNESS.start(Use::Alone).await.expect("a server");
+    let url = server.facts().url.expect("a URL");
+    let client = async_nats::connect(url).await.expect("a plain client");
+    let broker = server.connect().await.expect("a handle");
+    let queue = GuestAddress::from(GuestId::new("late").expect("an id")).queue();
+    let spec = QueueSpec::new(queue.clone());
+    let mut all = Vec::new();
+    for round in 0..2 {
+        broker.declare(&spec, within()).await.expect("a queue");
+        for _ in 0..MESSAGES {
+            let message = Message::new("check", "x").expect("a message");
+            let stored = broker.publish(&queue, message, within()).await;
+            stored.expect("stored");
+        }
+        for (subject, note) in std::mem::take(&mut all) {
+            let stored = client.request(subject, note).await;
+            stored.expect("a late note is stored");
+        }
+        let options = ConsumeOptions::prefetch(NonZeroU32::MIN);
+        let consumer = broker.consume(&queue, options, within()).await;
+        let mut consumer = consumer.expect("a consumer");
+        for n in 0..MESSAGES {
+            let next = tokio::time::timeout(Duration::from_secs(10), consumer.next()).await;
+            let delivery = next.unwrap_or_else(|_| panic!("{round}: message {n} comes"));
+            let delivery = delivery.expect("a delivery");
+            assert_eq!(delivery.attempt, 1, "{round}: message {n}");
+            delivery.ack(within()).await.expect("acked");
+        }
+        for slot in ["a", "b"] {
+            let subject = format!("{queue}.{slot}");
+            let stream = queue.as_str().replace('.', "~");
+            let last = format!("{{\"last_by_subj\":\"{subject}\"}}");
+            let told = client
+                .request(format!("$JS.API.STREAM.MSG.GET.{stream}"), last.into())
+                .await;
+            let told = told.expect("an answer").payload;
+            let told: serde_json::Value = serde_json::from_slice(&told).expect("JSON");
+            if let Some(note) = told["message"]["data"].as_str() {
+                let note = BASE64_STANDARD.decode(note).expect("base64");
+                all.push((subject, note.into()));
+            }
+        }
+        assert!(!all.is_empty(), "{round}: there are notes");
+        let deleted = broker.delete(&queue, DeleteMode::Discard, within()).await;
+        assert_eq!(deleted.expect("deleted").messages, 0);
+        consumer.close(within()).await.expect("closed");
+    }
 }
 
 /// Queues that are looked for in every moment of their making: by guests that wait for them, and by others
