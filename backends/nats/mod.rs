@@ -23,6 +23,33 @@
 //! `wilco.tray.r.main.q`, in the stream `wilco~trays` (`trays`); the stream `wilco~keys` has their
 //! public keys.
 //!
+//! # What a stream for each guest costs
+//!
+//! Measured for an idle queue, on two cores and a disk; the ranges are of a quiet machine and of one whose disk
+//! others kept busy.
+//!
+//! | | nats-server 2.9.10 | 2.15.1 |
+//! | --- | --- | --- |
+//! | a declare, with 1,000 queues, with 2,000 | 4.4 ms, 6.1 ms | 2 ms; with 10,000 on the busy disk 21 ms |
+//! | memory of the server, on disk | 65 kB, 24 kB in 7 files | 43 kB; with its two consumers 99 kB, 36 kB in 10 files |
+//! | open files | 2 | 1 |
+//! | back after SIGKILL, 1,000 queues | 1 s | not measured |
+//! | 2,000 | 2.4 to 3.2 s | not measured |
+//! | 4,000 | 114 s on the busy disk | not measured |
+//! | 10,000 | not measured: quadratic, so a minute at the least | 10 s on a disk in memory, 200 s on the busy disk (some 40 s of them processor) |
+//!
+//! A server compares a new stream's subjects with those of all others, also when it starts: so a queue has
+//! one subject. With five it took 2.9.10 8.7 s with 1,000 queues, and 32 s with 2,000. It needs twice as many
+//! open files as there are queues (`ulimit -n`).
+//!
+//! For it speaks that the server itself keeps guests apart: a stolen credential has one stream's name in each of
+//! its rights, a queue goes in one step with all that is in it, one that is full is full for itself, and what is
+//! slow about one is so for its guest alone. Against it, that the costs above are for each guest, connected
+//! or not, and that the start grows faster than their number. A few thousand guests on one server are
+//! reasonable. 100,000 are not: by these figures 4 to 10 GB of memory, up to a million files, and a start of
+//! half an hour on a busy disk, on 2.9 of hours. They would need streams that guests share (some 128, with consumers made
+//! when they come), and rights that stand on consumers; until then, several servers.
+//!
 //! The client connects again by itself, and what it was handed while it could not send it sends later or
 //! throws away, without a word. So nothing is handed to it while there is no connection, every call has an
 //! inbox of ours and its own deadline, and what has no answer when the connection was made again is sent
