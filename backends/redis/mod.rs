@@ -85,6 +85,7 @@ mod form;
 mod guest;
 mod link;
 mod publish;
+mod replay;
 mod requests;
 mod router;
 mod scripts;
