@@ -13,9 +13,6 @@ const NOT_RUN: &[&str] = &[
 ];
 
 macro_rules! one {
-    (c c13_none_is_lost_around_the_first_attach) => {
-        common::check!(c13_none_is_lost_around_the_first_attach, open "takes too long: see CONTRIBUTING.md");
-    };
     ($section:ident $name:ident) => {
         common::check!($name);
     };
