@@ -150,6 +150,9 @@ impl Link {
     }
 
     async fn one_look(&self, names: &Names, deadline: Deadline) -> Result<Option<Stream>> {
+        if !self.is_finished(&names.stream, deadline).await? {
+            return Ok(None);
+        }
         let verb = format!("STREAM.INFO.{}", names.stream);
         let body = json!({ "subjects_filter": names.living() });
         match self.api(&verb, &body, deadline).await? {

@@ -54,16 +54,18 @@ pub(super) struct Attached {
     pub(super) consumer: String,
 }
 
-/// Attaches under this token, whose holder listens already; `first` is the first message that is stored.
+/// Attaches under this token, whose holder listens already, to this making of the queue; `first` is the first
+/// message that is stored.
 pub(super) async fn attach(
     link: &Link,
     names: &Names,
     token: &str,
+    made: &str,
     first: u64,
     deadline: Deadline,
 ) -> Result<Attached> {
     lock(link, names, token, deadline).await?;
-    let attached = settle_in(link, names, token, first, deadline).await;
+    let attached = settle_in(link, names, token, made, first, deadline).await;
     if attached.is_err() {
         // Not past the deadline of the caller, whose answer this is; whoever comes next finds it dead.
         let _ = link.drop_consumer(names, &lock_name(token), deadline).await;
@@ -161,6 +163,7 @@ async fn settle_in(
     link: &Link,
     names: &Names,
     token: &str,
+    made: &str,
     first: u64,
     deadline: Deadline,
 ) -> Result<Attached> {
@@ -169,7 +172,7 @@ async fn settle_in(
         .bound(link.client.subscribe(names.held()))
         .await?
         .map_err(gone)?;
-    let mut notes = Notes::read(link, names, deadline).await?;
+    let mut notes = Notes::read(link, names, made, deadline).await?;
     notes.floors.retain(|floor| *floor >= first);
     notes.marks.retain(|sequence, _| *sequence >= first);
     notes.settled.retain(|_, last| *last >= first);
@@ -199,7 +202,9 @@ async fn settle_in(
     notes.holder = Some(token.to_owned());
     notes.consumer = Some(consumer.clone());
     notes.write(link, names, deadline).await?;
-    notes.tidy(link, names, deadline).await?;
+    if let Some(old) = notes.take_old() {
+        link.forget(names, old, deadline).await?;
+    }
     for (name, _) in &dead {
         link.drop_consumer(names, name, deadline).await?;
     }

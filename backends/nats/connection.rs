@@ -19,7 +19,7 @@ use tokio::{
     time::{Instant, sleep, timeout_at},
 };
 
-use super::{closed, consume::Hold, options::Options, requests::Lane};
+use super::{closed, hold::Hold, options::Options, requests::Lane};
 use crate::{
     backoff::Backoff,
     deadline::Deadline,

@@ -9,7 +9,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::{
     connection::lock,
-    consume::{Hold, Phase},
+    hold::{Hold, Phase},
 };
 use crate::deadline::Deadline;
 

@@ -59,24 +59,29 @@ impl Names {
         format!("{}.dead.*", self.base)
     }
 
+    /// What all that is stored nowhere begins with: it stands outside of the stream's one subject.
+    fn live(&self) -> String {
+        self.base.replacen("wilco.", "wilco.live.", 1)
+    }
+
     /// Where the consumer with this token says that it lives. Stored nowhere.
     pub(super) fn hold(&self, token: &str) -> String {
-        format!("{}.hold.{token}", self.base)
+        format!("{}.hold.{token}", self.live())
     }
 
     /// Where whichever consumer is attached is asked what it holds. Stored nowhere.
     pub(super) fn held(&self) -> String {
-        format!("{}.held", self.base)
+        format!("{}.held", self.live())
     }
 
     /// The lane of requests. Stored nowhere.
     pub(super) fn ping(&self) -> String {
-        format!("{}.ping", self.base)
+        format!("{}.ping", self.live())
     }
 
     /// Where the responder with this token says that it lives. Stored nowhere.
     pub(super) fn attending(&self, token: &str) -> String {
-        format!("{}.lane.{token}", self.base)
+        format!("{}.lane.{token}", self.live())
     }
 
     /// Where the lane is claimed, in the stream of lanes.
@@ -86,7 +91,7 @@ impl Names {
 
     /// What the subjects begin with on which its guest is answered. Stored nowhere.
     pub(super) fn inbox(&self) -> String {
-        format!("{}.inbox", self.base)
+        format!("{}.inbox", self.live())
     }
 
     /// Where the public key of its guest is.
@@ -111,13 +116,13 @@ impl Names {
         format!("wilco.{guest}").parse().ok()
     }
 
-    /// What the stream keeps. A fenced stream takes no messages, and everything else.
+    /// What the stream keeps: one subject, since a server compares those of a new stream with those of all
+    /// others, when it starts too. A fenced stream takes no messages, and everything else.
     pub(super) fn subjects(&self, fenced: bool) -> Vec<String> {
-        let mut subjects = vec![self.slot(0), self.slot(1), self.lock(), self.all_dead()];
-        if !fenced {
-            subjects.insert(0, self.input());
+        match fenced {
+            true => vec![self.slot(0), self.slot(1), self.lock(), self.all_dead()],
+            false => vec![format!("{}.>", self.base)],
         }
-        subjects
     }
 }
 

@@ -5,7 +5,8 @@
 //! The notes are one small message in the queue's own stream, written by the attached consumer alone,
 //! alternately to two subjects so that one whole copy is always there, whatever the queue's limit. The
 //! copy of the highest term and version counts: a consumer that was taken over writes under an older
-//! term, and is not believed.
+//! term, and is not believed. Nor is one of a queue of the same name that was deleted: written late, it comes
+//! to the next one, whose sequence numbers begin anew.
 
 use std::{
     collections::BTreeMap,
@@ -33,6 +34,9 @@ const MAX_RUNS: usize = 1_024;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Notes {
+    /// Which making of the queue they are of.
+    #[serde(default)]
+    made: String,
     /// Counts the attachments; the version counts the copies in one.
     pub(super) term: u64,
     pub(super) version: u64,
@@ -73,17 +77,26 @@ pub(super) struct Mark {
 }
 
 impl Notes {
-    /// The newest copy, or empty notes.
-    pub(super) async fn read(link: &Link, names: &Names, deadline: Deadline) -> Result<Self> {
+    /// The newest copy of this making of the queue, or empty notes.
+    pub(super) async fn read(
+        link: &Link,
+        names: &Names,
+        made: &str,
+        deadline: Deadline,
+    ) -> Result<Self> {
         let slots = [names.slot(0), names.slot(1)];
         let (a, b) = tokio::join!(
             link.last(names, &slots[0], deadline),
             link.last(names, &slots[1], deadline)
         );
-        let mut newest = Self::default();
+        let mut newest = Self {
+            made: made.to_owned(),
+            ..Self::default()
+        };
         for (slot, stored) in [a?, b?].into_iter().enumerate() {
             let copy = stored.and_then(|stored| Some((Self::of(&stored)?, stored.sequence)));
             if let Some((copy, sequence)) = copy
+                && copy.made == made
                 && copy.age() > newest.age()
             {
                 newest = Self {
@@ -147,7 +160,9 @@ impl Notes {
                 Some(refusal) if refusal.code == 10_077 => {
                     let there = link.last(names, &names.slot(to), deadline).await?;
                     match there.map(|there| (Self::of(&there), there.sequence)) {
-                        Some((Some(copy), _)) if copy.age() > self.age() => {
+                        Some((Some(copy), _))
+                            if copy.made == self.made && copy.age() > self.age() =>
+                        {
                             return Err(taken_over());
                         }
                         Some((_, sequence)) => {
@@ -159,7 +174,10 @@ impl Notes {
                 Some(refusal) => return Err(refusal.into_error()),
             }
         };
-        self.old = std::mem::replace(&mut self.sequence, sequence);
+        let before = std::mem::replace(&mut self.sequence, sequence);
+        // Where numbers began anew it is the next queue of this name, or the server forgot some: there the
+        // place of the copy before is another's.
+        self.old = if before < sequence { before } else { 0 };
         self.slot = to;
         // The notes' own places are no messages: so runs of messages that they stand between stay whole.
         settle(&mut self.settled, sequence);
@@ -171,18 +189,9 @@ impl Notes {
         self.sequence
     }
 
-    /// Takes away the copy before the one that was written last; to be done before the next.
-    pub(super) async fn tidy(
-        &mut self,
-        link: &Link,
-        names: &Names,
-        deadline: Deadline,
-    ) -> Result<()> {
-        let old = std::mem::take(&mut self.old);
-        if old > 0 {
-            link.forget(names, old, deadline).await?;
-        }
-        Ok(())
+    /// Where the copy before that one is, which is to be taken away.
+    pub(super) fn take_old(&mut self) -> Option<u64> {
+        Some(std::mem::take(&mut self.old)).filter(|old| *old > 0)
     }
 }
 

@@ -241,6 +241,9 @@ async fn current(link: &Link, names: &Names, deadline: Deadline) -> Result<Optio
     if link.options.guest.is_some() {
         return current_of_own(link, names, deadline).await;
     }
+    if !link.is_finished(LANES, deadline).await? {
+        return Ok(None);
+    }
     let body = json!({ "last_by_subj": names.claim() });
     let verb = format!("STREAM.MSG.GET.{LANES}");
     match link.api(&verb, &body, deadline).await? {

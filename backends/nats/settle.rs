@@ -17,9 +17,10 @@ use super::{
     attach::{delivered, still_there},
     closed,
     connection::{Link, Unanswered, lock},
-    consume::{Hold, Phase, Received, Settling, place},
     dead,
+    hold::{Hold, Phase, Settling},
     notes::now_ms,
+    received::{Received, place},
 };
 use crate::{
     broker::{Lease as LeaseTrait, Settlement},
@@ -85,6 +86,7 @@ impl LeaseTrait for Lease {
             Settlement::Ack => {
                 // In the caller's own time: dropped early, it may have been done, and is given back.
                 confirm(&self.hold, received.reply(), "+ACK", deadline).await?;
+                self.hold.confirmed(received.sequence);
                 self.hold.believe(deadline).await?;
                 let sequence = received.sequence;
                 self.received = None;
@@ -133,7 +135,7 @@ impl Hold {
     fn returned(&self, sequence: u64) {
         let mut inner = lock(&self.inner);
         if inner.held.get(&sequence).is_some_and(|held| held.returning) {
-            inner.held.remove(&sequence);
+            inner.let_go(sequence);
         }
         drop(inner);
         self.wake.notify_one();

@@ -10,8 +10,8 @@ use tokio::time::sleep;
 use super::{
     api::{Description, Refusal, STREAM_EXISTS, SUBJECTS_OVERLAP, Stream},
     connection::{Link, Unanswered},
-    consume::Told,
     delete,
+    hold::Told,
     names::{LANES, Names, token},
     notes::Notes,
 };
@@ -209,7 +209,8 @@ pub(super) async fn status(
             status.delayed = told.delayed.min(living - status.in_flight);
         }
         _ if living > 0 => {
-            let notes = Notes::read(link, &names, deadline).await?;
+            let notes =
+                Notes::read(link, &names, made.as_deref().unwrap_or_default(), deadline).await?;
             status.delayed = notes.delayed().min(living);
         }
         _ => {}

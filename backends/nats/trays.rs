@@ -12,8 +12,8 @@ use tokio::time::{sleep, timeout};
 use super::{
     api::{NOT_UNIQUE, Refusal, STREAM_EXISTS},
     connection::{Link, Unanswered, gone},
-    consume::Hold,
     form,
+    hold::Hold,
     names::{Names, TRAYS},
     publish, requests, settle, unreadable,
 };

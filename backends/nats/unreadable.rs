@@ -7,7 +7,7 @@ use std::str::FromStr as _;
 
 use async_nats::{HeaderName, HeaderValue, StatusCode};
 
-use super::{api::Stored, connection::Link, consume::Hold, dead, form};
+use super::{api::Stored, connection::Link, dead, form, hold::Hold};
 use crate::{deadline::Deadline, error::Result};
 
 const WHY: &str = "unreadable: its headers are none of NATS's";

@@ -17,6 +17,7 @@ use super::{
     dial::Dialer,
     form::text,
     link::{Link, Phase},
+    replay::{self, Replay},
 };
 use crate::{
     deadline::Deadline,
@@ -76,8 +77,10 @@ async fn ask(link: &Link, dialer: &Dialer, deadline: Deadline) -> Result<Durabil
     let config = allowed(link, &get, deadline).await?.map(pairs);
     let info = allowed(link, &cmd("INFO"), deadline).await?;
     let info = info.and_then(text).map(|info| lines(&info));
+    let replay = replay::ask(link, deadline).await?;
     let word = deadline.bound(dialer.word()).await?;
     Ok(Facts {
+        replay,
         config: config.unwrap_or_default(),
         info: info.unwrap_or_default(),
         copies: dialer.replicas,
@@ -88,7 +91,7 @@ async fn ask(link: &Link, dialer: &Dialer, deadline: Deadline) -> Result<Durabil
 }
 
 /// None where this user, or a managed service, does not let it be asked.
-async fn allowed(link: &Link, call: &Cmd, deadline: Deadline) -> Result<Option<Value>> {
+pub(super) async fn allowed(link: &Link, call: &Cmd, deadline: Deadline) -> Result<Option<Value>> {
     match link.call(call, deadline).await {
         Ok(value) => Ok(Some(value)),
         Err(error)
@@ -123,6 +126,7 @@ fn lines(info: &str) -> HashMap<String, String> {
 struct Facts {
     config: HashMap<String, String>,
     info: HashMap<String, String>,
+    replay: Replay,
     /// How many replicas have what is confirmed, by the URL.
     copies: u32,
     has_sentinels: bool,
@@ -254,6 +258,9 @@ impl Facts {
             ),
         };
         findings.push(finding("appendfsync", sync, meaning, advice));
+        let (replayed, replay) = self.replay.verdict();
+        findings.extend(replay);
+        let (process, power) = (worse(process, replayed), worse(power, replayed));
         let on_rewrite = self.config("no-appendfsync-on-rewrite");
         let mut power = power;
         if on_rewrite == Some("yes") && sync == Some("always") {
@@ -393,8 +400,8 @@ impl Facts {
     }
 }
 
-const READABLE: &str =
-    "let this user run CONFIG GET and INFO (ACL: +config|get +info), or look it up yourself";
+pub(super) const READABLE: &str = "let this user run CONFIG GET, INFO and ACL DRYRUN (ACL: +config|get +info +acl|dryrun), or look it \
+     up yourself";
 
 fn worse(a: Verdict, b: Verdict) -> Verdict {
     match (a, b) {
@@ -404,7 +411,12 @@ fn worse(a: Verdict, b: Verdict) -> Verdict {
     }
 }
 
-fn finding(setting: &str, value: Option<&str>, meaning: &str, advice: Option<&str>) -> Finding {
+pub(super) fn finding(
+    setting: &str,
+    value: Option<&str>,
+    meaning: &str,
+    advice: Option<&str>,
+) -> Finding {
     Finding {
         setting: setting.into(),
         value: value.map(Into::into),
@@ -427,6 +439,7 @@ mod tests {
         Facts {
             config: map(config),
             info: map(info),
+            replay: Replay::Whole,
             ..Facts::default()
         }
     }
@@ -458,6 +471,30 @@ mod tests {
         // A kill at a bad moment loses what was confirmed; without a sync there is no such moment.
         assert_eq!(level("everysec", "no", "noeviction", "0"), Level::Memory);
         assert_eq!(level("always", "no", "allkeys-lru", "100"), Level::Memory);
+    }
+
+    #[test]
+    fn d1_what_a_restart_throws_away_is_unsafe_whatever_is_synced() {
+        let with = |replay| {
+            let mut facts = facts(
+                &[
+                    ("appendonly", "yes"),
+                    ("appendfsync", "always"),
+                    ("maxmemory-policy", "noeviction"),
+                    ("maxmemory", "0"),
+                ],
+                &[],
+            );
+            facts.replay = replay;
+            facts.report()
+        };
+        assert_eq!(with(Replay::Whole).level, Level::Power);
+        let lossy = with(Replay::Refused("no permissions to run 'xadd'".into()));
+        let verdicts = (lossy.process_crash, lossy.power_loss, lossy.level);
+        assert_eq!(verdicts, (Verdict::Unsafe, Verdict::Unsafe, Level::Memory));
+        let unread = with(Replay::Unread);
+        assert_eq!(unread.process_crash, Verdict::Unknown);
+        assert!(unread.require(Level::Process).is_err());
     }
 
     #[test]

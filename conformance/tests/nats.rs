@@ -4,6 +4,7 @@ mod common;
 
 use std::{num::NonZeroU32, task::Poll, time::Duration};
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use futures_util::StreamExt;
 use wilco::{
     Deadline, ErrorKind, GuestAddress, GuestId, Message, MessageId,
@@ -272,4 +273,104 @@ async fn q6_deletes_at_once_leave_the_next_queue_alone() {
         }
     }
     assert!(stood > ROUNDS / 2, "most leave the new one alone: {stood}");
+}
+
+/// What the consumer of a queue that was deleted writes late comes to the next queue of that name, whose
+/// numbers begin anew: it means nothing there (laws C2, Q6).
+///
+/// Only here, since here what was settled is noted beside the messages, where the server does not sync.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn c2_late_notes_of_a_deleted_queue_settle_nothing_in_the_next() {
+    const MESSAGES: usize = 3;
+    let within = || Deadline::after(Duration::from_secs(20));
+    let server = HARNESS.start(Use::Alone).await.expect("a server");
+    let url = server.facts().url.expect("a URL");
+    let client = async_nats::connect(url).await.expect("a plain client");
+    let broker = server.connect().await.expect("a handle");
+    let queue = GuestAddress::from(GuestId::new("late").expect("an id")).queue();
+    let spec = QueueSpec::new(queue.clone());
+    let mut all = Vec::new();
+    for round in 0..2 {
+        broker.declare(&spec, within()).await.expect("a queue");
+        for _ in 0..MESSAGES {
+            let message = Message::new("check", "x").expect("a message");
+            let stored = broker.publish(&queue, message, within()).await;
+            stored.expect("stored");
+        }
+        for (subject, note) in std::mem::take(&mut all) {
+            let stored = client.request(subject, note).await;
+            stored.expect("a late note is stored");
+        }
+        let options = ConsumeOptions::prefetch(NonZeroU32::MIN);
+        let consumer = broker.consume(&queue, options, within()).await;
+        let mut consumer = consumer.expect("a consumer");
+        for n in 0..MESSAGES {
+            let next = tokio::time::timeout(Duration::from_secs(10), consumer.next()).await;
+            let delivery = next.unwrap_or_else(|_| panic!("{round}: message {n} comes"));
+            let delivery = delivery.expect("a delivery");
+            assert_eq!(delivery.attempt, 1, "{round}: message {n}");
+            delivery.ack(within()).await.expect("acked");
+        }
+        for slot in ["a", "b"] {
+            let subject = format!("{queue}.{slot}");
+            let stream = queue.as_str().replace('.', "~");
+            let last = format!("{{\"last_by_subj\":\"{subject}\"}}");
+            let told = client
+                .request(format!("$JS.API.STREAM.MSG.GET.{stream}"), last.into())
+                .await;
+            let told = told.expect("an answer").payload;
+            let told: serde_json::Value = serde_json::from_slice(&told).expect("JSON");
+            if let Some(note) = told["message"]["data"].as_str() {
+                let note = BASE64_STANDARD.decode(note).expect("base64");
+                all.push((subject, note.into()));
+            }
+        }
+        assert!(!all.is_empty(), "{round}: there are notes");
+        let deleted = broker.delete(&queue, DeleteMode::Discard, within()).await;
+        assert_eq!(deleted.expect("deleted").messages, 0);
+        consumer.close(within()).await.expect("closed");
+    }
+}
+
+/// Queues that are looked for in every moment of their making: by guests that wait for them, and by others
+/// that declare them too (laws Q1, Q5).
+///
+/// Only here, since before 2.9.15 this server falls when it is asked what such a queue holds.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn q1_queues_are_looked_for_while_they_are_made() {
+    const QUEUES: usize = 300;
+    const AT_ONCE: usize = 16;
+    let within = || Deadline::after(Duration::from_secs(60));
+    let server = HARNESS.start(Use::Alone).await.expect("a server");
+    let control = server.connect().await.expect("a handle");
+    let mut guests = Vec::new();
+    for _ in 0..4 {
+        guests.push(server.connect().await.expect("another"));
+    }
+    let made = futures_util::stream::iter(0..QUEUES).map(async |n| {
+        let id = GuestId::new(format!("young-{n}")).expect("an id");
+        let queue = GuestAddress::from(id).queue();
+        let spec = QueueSpec::new(queue.clone());
+        let looks = guests.iter().map(async |guest| {
+            let mut times = 0;
+            loop {
+                times += 1;
+                match guest.status(&queue, within()).await {
+                    Ok(status) => {
+                        assert_eq!(status.messages(), 0);
+                        break;
+                    }
+                    Err(error) => assert_eq!(*error.kind(), ErrorKind::NoQueue, "{error}"),
+                }
+            }
+            times
+        });
+        let looks = futures_util::future::join_all(looks);
+        let (declared, looks) = tokio::join!(control.declare(&spec, within()), looks);
+        declared.expect("a queue");
+        looks.into_iter().max().unwrap_or(0)
+    });
+    let looked: Vec<u32> = made.buffer_unordered(AT_ONCE).collect().await;
+    let early = looked.iter().filter(|times| **times > 1).count();
+    assert!(early > QUEUES / 2, "most are looked for too early: {early}");
 }

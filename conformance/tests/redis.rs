@@ -11,7 +11,7 @@ use wilco::{
 };
 use wilco_conformance::{
     for_each_check,
-    harness::{Cluster, Server},
+    harness::{Cluster, Harness as _, Server, Use},
     harnesses::{Redis, Sentinels},
 };
 
@@ -87,6 +87,46 @@ async fn f6_what_a_master_of_yesterday_takes_is_not_ok() {
         }
     }
     assert_eq!(drained(&*broker, &queue).await, confirmed);
+}
+
+/// A server that throws away at its start what its user `default` may not write says so beforehand, and
+/// does it (laws D1, D2).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn d1_what_the_user_default_may_not_write_is_not_safe() {
+    let server = HARNESS.start(Use::Credentials).await.expect("a server");
+    let url = server.admin_url().expect("it has one");
+    let broker = wilco::connect(&url).await.expect("a handle");
+    let whole = told(&*broker).await;
+    assert_eq!(whole.level, Level::Power, "{whole:?}");
+
+    let client = redis::Client::open(url.as_str()).expect("a URL");
+    let mut admin = client
+        .get_multiplexed_async_connection()
+        .await
+        .expect("a connection");
+    let mut acl = async |words: &[&str]| {
+        let asked = redis::cmd("ACL").arg(words).query_async(&mut admin).await;
+        let _: redis::Value = asked.expect("it may");
+    };
+    // Those rights that others take away for safety cost nothing.
+    acl(&["SETUSER", "default", "-@dangerous", "-@admin"]).await;
+    let hardened = told(&*broker).await;
+    assert_eq!(hardened.level, Level::Power, "{hardened:?}");
+    acl(&["SETUSER", "default", "-xadd"]).await;
+    acl(&["SAVE"]).await;
+    let lossy = told(&*broker).await;
+    assert_eq!(lossy.process_crash, Verdict::Unsafe, "{lossy:?}");
+    assert_eq!(lossy.power_loss, Verdict::Unsafe, "{lossy:?}");
+    let error = lossy.require(Level::Process).expect_err("it is not");
+    assert!(error.to_string().contains("ACL SETUSER default"), "{error}");
+
+    let queue = declared(&*broker).await;
+    publish(&*broker, &queue, "confirmed", within())
+        .await
+        .expect("confirmed");
+    server.restart().await.expect("there again");
+    let status = broker.status(&queue, within()).await.expect("a status");
+    assert_eq!(status.messages(), 0, "what was said to be lost is there");
 }
 
 fn within() -> Deadline {
