@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     num::NonZeroU32,
     sync::{
         Arc, Mutex, PoisonError,
@@ -206,38 +207,44 @@ impl Sabotage for ForgetsTheReason {
     }
 }
 
-/// Acks one in fifty of what is delivered before anybody could: what the ledger calls lost.
-#[derive(Debug, Default)]
-pub(super) struct SkipsOneInFifty {
-    count: Arc<AtomicU64>,
+consume!(
+    /// Acks one in fifty of what is delivered before anybody could: what the ledger calls lost.
+    SkipsOneInFifty { count: Arc<AtomicU64> },
+    |this, inner, queue, options, by| {
+        let count = Arc::clone(&this.count);
+        Ok(dropping(inner.consume(queue, options, by).await?, move |delivery| {
+            let drain = delivery.message.id.as_str().starts_with("last-");
+            !drain && count.fetch_add(1, Ordering::Relaxed) % 50 == 49
+        }))
+    }
+);
+
+/// A consumer that acks some of its deliveries and hands them to nobody.
+pub(super) fn dropping(
+    inner: Box<dyn Consumer>,
+    drops: impl Fn(&Delivery) -> bool + Send + 'static,
+) -> Box<dyn Consumer> {
+    let drops = Box::new(drops);
+    Box::new(Dropping { inner, drops })
 }
-#[async_trait]
-impl Sabotage for SkipsOneInFifty {
-    async fn consume(
-        &self,
-        inner: &Inner,
-        queue: &QueueName,
-        options: ConsumeOptions,
-        by: Deadline,
-    ) -> Result<Box<dyn Consumer>> {
-        let inner = inner.consume(queue, options, by).await?;
-        let count = Arc::clone(&self.count);
-        Ok(Box::new(Skipping { inner, count }))
+
+struct Dropping {
+    inner: Box<dyn Consumer>,
+    drops: Box<dyn Fn(&Delivery) -> bool + Send>,
+}
+
+impl fmt::Debug for Dropping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.inner.fmt(f)
     }
 }
 
-#[derive(Debug)]
-struct Skipping {
-    inner: Box<dyn Consumer>,
-    count: Arc<AtomicU64>,
-}
 #[async_trait]
-impl Consumer for Skipping {
+impl Consumer for Dropping {
     async fn next(&mut self) -> Result<Delivery> {
         loop {
             let delivery = self.inner.next().await?;
-            let drain = delivery.message.id.as_str().starts_with("last-");
-            if drain || self.count.fetch_add(1, Ordering::Relaxed) % 50 != 49 {
+            if !(self.drops)(&delivery) {
                 return Ok(delivery);
             }
             delivery

@@ -1,16 +1,17 @@
 //! Saboteurs of section S.
 
-use std::time::Duration;
-
 use async_trait::async_trait;
 use secrecy::ExposeSecret as _;
 use url::Url;
 use wilco::{
     Deadline, ErrorKind, GuestAddress, GuestCredential, QueueName, Result,
-    broker::{ConsumeOptions, Consumer, Delivery},
+    broker::{ConsumeOptions, Consumer},
 };
 
-use super::wrap::{Inner, Sabotage};
+use super::{
+    consume::{consume, dropping},
+    wrap::{Inner, Sabotage},
+};
 
 /// Says that a credential was taken back, and leaves it good.
 #[derive(Debug, Default)]
@@ -50,40 +51,12 @@ impl Sabotage for GivesAwayAllRights {
     }
 }
 
-/// Takes out of the queue what has no kind that could be read, and shows it to nobody.
-#[derive(Debug, Default)]
-pub(super) struct DropsWhatItCannotRead;
-
-#[async_trait]
-impl Sabotage for DropsWhatItCannotRead {
-    async fn consume(
-        &self,
-        inner: &Inner,
-        queue: &QueueName,
-        options: ConsumeOptions,
-        by: Deadline,
-    ) -> Result<Box<dyn Consumer>> {
-        Ok(Box::new(Dropping(inner.consume(queue, options, by).await?)))
+consume!(
+    /// Takes out of the queue what has no kind that could be read, and shows it to nobody.
+    DropsWhatItCannotRead {},
+    |this, inner, queue, options, by| {
+        Ok(dropping(inner.consume(queue, options, by).await?, |delivery| {
+            delivery.message.kind.as_str() == "unknown"
+        }))
     }
-}
-
-#[derive(Debug)]
-struct Dropping(Box<dyn Consumer>);
-
-#[async_trait]
-impl Consumer for Dropping {
-    async fn next(&mut self) -> Result<Delivery> {
-        loop {
-            let delivery = self.0.next().await?;
-            if delivery.message.kind.as_str() != "unknown" {
-                return Ok(delivery);
-            }
-            delivery
-                .ack(Deadline::after(Duration::from_secs(5)))
-                .await?;
-        }
-    }
-    async fn close(self: Box<Self>, by: Deadline) -> Result<()> {
-        self.0.close(by).await
-    }
-}
+);
