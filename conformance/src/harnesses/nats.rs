@@ -34,6 +34,10 @@ const TAKEOVER: Duration = Duration::from_secs(5);
 /// The first version that syncs before it confirms, when it is told to.
 const SYNCS_SINCE: (u32, u32, u32) = (2, 10, 23);
 
+/// Who says nothing of himself is let in; who says something is asked for a password (case W4).
+const ANYBODY: &str = "authorization { users: [{ user: anybody, password: anything }] }\n\
+                       no_auth_user: anybody\n";
+
 /// JetStream on `nats-server`, a process for each check. `WILCO_NATS_SERVER` names another program.
 #[derive(Debug)]
 pub struct Nats;
@@ -82,7 +86,7 @@ impl Harness for Nats {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let (signed, options) = match usage {
             Use::Credentials => operator::set_up(directory.path())?,
-            _ => (String::new(), String::new()),
+            _ => (ANYBODY.to_owned(), String::new()),
         };
         let configured = configure(directory.path(), address, syncs, &signed);
         configured.map_err(|error| error.to_string())?;
@@ -216,6 +220,10 @@ impl Server for NatsServer {
     async fn restart(&self) -> Result<(), Unavailable> {
         self.process.stop().await?;
         self.up().await.map_err(Unavailable::because)
+    }
+
+    fn refused_url(&self) -> Result<String, Unavailable> {
+        Ok(self.url().replacen("://", "://nobody:wrong@", 1))
     }
 
     fn admin_url(&self) -> Result<String, Unavailable> {
