@@ -19,10 +19,7 @@ use wilco_conformance::{
 const HARNESS: Nats = Nats;
 
 /// What its harness cannot do from outside.
-const NOT_RUN: &[&str] = &[
-    "f6_any_node_killed_loses_nothing",
-    "f9_an_alarm_refuses_and_loses_nothing",
-];
+const NOT_RUN: &[&str] = &["f6_any_node_killed_loses_nothing"];
 
 macro_rules! one {
     ($section:ident $name:ident) => {

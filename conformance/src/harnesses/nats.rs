@@ -38,6 +38,9 @@ const SYNCS_SINCE: (u32, u32, u32) = (2, 10, 23);
 const ANYBODY: &str = "authorization { users: [{ user: anybody, password: anything }] }\n\
                        no_auth_user: anybody\n";
 
+/// How many bytes it stores at the most.
+const MOST_STORED: usize = 512 << 20;
+
 /// JetStream on `nats-server`, a process for each check. `WILCO_NATS_SERVER` names another program.
 #[derive(Debug)]
 pub struct Nats;
@@ -121,7 +124,7 @@ fn configure(
         ("", "")
     };
     let configuration = format!(
-        "server_name: wilco\nlisten: \"{address}\"\njetstream {{ store_dir: \"{}\"{sync} }}\n{tags}\
+        "server_name: wilco\nlisten: \"{address}\"\njetstream {{ store_dir: \"{}\", max_file: {MOST_STORED}{sync} }}\n{tags}\
          max_payload: 8MB\nping_interval: \"1s\"\nping_max: 2\n{signed}",
         directory.join("data").display()
     );
@@ -281,6 +284,29 @@ impl Faults for NatsServer {
 
     fn url_via(&self, proxy: SocketAddr) -> String {
         format!("nats://{proxy}{}", self.options)
+    }
+
+    /// Fills its storage up to the limit that it was started with.
+    async fn alarm(&self, on: bool) -> Result<(), Unavailable> {
+        const BALLAST: &str = "ballast";
+        if !on {
+            let verb = format!("$JS.API.STREAM.DELETE.{BALLAST}");
+            return self.look(&verb, &json!({})).await.map(drop);
+        }
+        let verb = format!("$JS.API.STREAM.CREATE.{BALLAST}");
+        let stream = json!({ "name": BALLAST, "subjects": [BALLAST], "storage": "file" });
+        self.look(&verb, &stream).await?;
+        let heavy = json!("x".repeat(4 << 20));
+        // One more than there is room for.
+        for _ in 0..=MOST_STORED / (4 << 20) {
+            let stored = self.look(BALLAST, &heavy).await?;
+            if stored["error"]["code"] == 503 {
+                return Ok(());
+            }
+        }
+        Err(Unavailable::because(
+            "the server stores more than it was told to",
+        ))
     }
 }
 
