@@ -23,7 +23,8 @@ use crate::{
 const CONTROL_PLANE: &str = "conformance-s1";
 
 /// A credential does a whole guest's work, provisioned by a taskmanager too; the server refuses each
-/// verb outside it; nothing that is sent in place of reports stops those of others (S2); and once it is revoked nobody connects with it, and who was connected is cut off.
+/// verb outside it; nothing that is sent in place of reports stops those of others (S2); and once it is
+/// revoked nobody connects with it, and who was connected is cut off.
 pub async fn s1_a_guests_credential_is_worth_one_queue(cx: &Cx) -> CheckResult {
     cx.server.admin_url()?;
     let place = tempfile::tempdir().map_err(|error| CheckError::failed("a directory", error))?;

@@ -7,35 +7,32 @@ use wilco::{Broker, QueueName, broker::Consumer};
 
 use crate::{
     check::{CheckError, CheckResult, Cx, Evidence},
-    harness::Litter,
-    support::{LONG, attach, expect, long, named, put, queue, receive, same},
+    harness::{Litter, Theft},
+    support::{LONG, attach, count, expect, long, named, put, queue, receive, same},
 };
 
 /// How often it is looked whether all of it is there.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Bytes that are no message of any client's: each is parked, nobody falls over, and what stands behind them
-/// is delivered, to the same consumer and to the next.
+/// Bytes that are no message of any client's, sent to an attached consumer and to a queue without one: each is
+/// parked, nobody falls over, and what stands behind them is delivered.
 pub async fn s2_what_no_client_would_send_is_parked(cx: &Cx) -> CheckResult {
     let broker = cx.connect().await?;
     let queue = queue(&*broker, "s2-litter").await?;
     let mut consumer = attach(&*broker, &queue, 4).await?;
-    let mut parked = 0;
-    for round in ["attached", "waiting"] {
-        parked += cx.server.litter(Litter::Queue(&queue)).await?;
-        put(&*broker, &queue, round).await?;
-        if round == "waiting" {
-            // Those that were there before their consumer.
-            consumer.close(long()).await?;
-            let handle = cx.connect().await?;
-            consumer = attach(&*handle, &queue, 4).await?;
-            park(&*handle, &queue, &mut *consumer, round, parked).await?;
-        } else {
-            park(&*broker, &queue, &mut *consumer, round, parked).await?;
-        }
-    }
+    let mut parked = cx.server.litter(Litter::Queue(&queue)).await?;
+    put(&*broker, &queue, "behind").await?;
+    park(&*broker, &queue, &mut *consumer, "behind", parked).await?;
+
+    consumer.close(long()).await?;
+    parked += cx.server.litter(Litter::Queue(&queue)).await?;
+    put(&*broker, &queue, "waited").await?;
+    let other = cx.connect().await?;
+    let mut consumer = attach(&*other, &queue, 4).await?;
+    park(&*other, &queue, &mut *consumer, "waited", parked).await?;
+
     let letters = broker
-        .dead_letters(&queue, None, crate::support::count(1_000), long())
+        .dead_letters(&queue, None, count(1_000), long())
         .await?;
     same("dead letters to look at", letters.len(), parked)?;
     put(&*broker, &queue, "after").await?;
@@ -83,7 +80,7 @@ pub(super) async fn among_reports(
     cx: &Cx,
     admin: &dyn Broker,
     neighbour: &dyn Broker,
-    theft: &crate::harness::Theft<'_>,
+    theft: &Theft<'_>,
 ) -> Result<usize, CheckError> {
     let mut collector = attach(admin, theft.reports, 4).await?;
     let pieces = cx.server.litter(Litter::Reports(theft)).await?;
