@@ -1,8 +1,8 @@
 //! lapin alone: a quorum queue; persistent, mandatory, confirmed publishes on one channel, which one
-//! task owns, since several would mix up each other's confirms; a consumer that acks each delivery;
+//! task owns, since several would mix up each other's confirms; a consumer that acks together what came
+//! together, and waits for the broker's word on it as wilco does (law C2: an ack alone is not answered);
 //! questions to a queue of the guest's, answers to one of the asker's. What it does not do is tell which
-//! of the pipelined messages was returned, and wait for the broker's word on an ack: RabbitMQ gives
-//! none, and wilco gets one with a command behind the acks.
+//! of the pipelined messages was returned.
 
 use std::{
     collections::VecDeque,
@@ -15,13 +15,13 @@ use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer,
     PublisherConfirm,
     options::{
-        BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
-        ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions,
+        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions,
+        BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions,
     },
     types::{AMQPValue, FieldTable},
 };
 use tokio::{
-    sync::Mutex,
+    sync::{Mutex, watch},
     task::{JoinHandle, JoinSet},
 };
 use wilco::MessageId;
@@ -122,6 +122,37 @@ async fn confirmed(confirm: PublisherConfirm) {
     assert_eq!(confirmation, Confirmation::Ack(None));
 }
 
+/// Acks what has arrived, so many in all on this channel, beside the one who receives.
+fn settling(channel: Channel, messages: usize) -> (watch::Sender<u64>, JoinHandle<()>) {
+    let (arrived, mut latest) = watch::channel(0);
+    let last = u64::try_from(messages).unwrap();
+    let settling = tokio::spawn(async move {
+        let mut settled = 0;
+        while settled < last {
+            settled = *latest.wait_for(|tag| *tag > settled).await.unwrap();
+            let options = BasicAckOptions { multiple: true };
+            channel.basic_ack(settled, options).await.unwrap();
+            acked(&channel).await;
+        }
+    });
+    (arrived, settling)
+}
+
+/// Waits for the broker's word on what was acked, which RabbitMQ gives to no ack: an attachment that wants
+/// no messages goes through the queue's log behind the acks, and is answered.
+async fn acked(channel: &Channel) {
+    let mut nothing = FieldTable::default();
+    nothing.insert("credit".into(), AMQPValue::LongLongInt(0));
+    nothing.insert("drain".into(), AMQPValue::Boolean(false));
+    let mut table = FieldTable::default();
+    table.insert("x-credit".into(), AMQPValue::FieldTable(nothing));
+    let options = BasicConsumeOptions::default();
+    let attached = channel.basic_consume(NAME.into(), "acked".into(), options, table);
+    attached.await.unwrap();
+    let options = BasicCancelOptions { nowait: true };
+    channel.basic_cancel("acked".into(), options).await.unwrap();
+}
+
 impl RabbitMq {
     async fn attach(&self, prefetch: u32) -> (Channel, Consumer) {
         let channel = self.guest.create_channel().await.unwrap();
@@ -173,14 +204,16 @@ impl Side for RabbitMq {
     async fn consume(&self, messages: usize, prefetch: u32) -> Duration {
         let (channel, mut arriving) = self.attach(prefetch).await;
         let begin = Instant::now();
+        let (arrived, settling) = settling(channel.clone(), messages);
         for _ in 0..messages {
             let delivery = arriving.next().await.unwrap().unwrap();
             assert_eq!(delivery.data.len(), BODY);
-            delivery.ack(BasicAckOptions::default()).await.unwrap();
+            arrived.send_replace(delivery.delivery_tag);
         }
-        // Behind the last of the acks.
+        settling.await.unwrap();
+        let took = begin.elapsed();
         channel.close(200, "done".into()).await.unwrap();
-        begin.elapsed()
+        took
     }
 
     async fn ping(&self, times: usize) -> Vec<Duration> {
@@ -208,13 +241,15 @@ impl Side for RabbitMq {
             }
             published.join_all().await;
         });
+        let (arrived, settling) = settling(channel.clone(), messages);
         let mut times = Vec::with_capacity(messages);
         while times.len() < messages {
             let delivery = arriving.next().await.unwrap().unwrap();
             times.push(since(&delivery.data));
-            delivery.ack(BasicAckOptions::default()).await.unwrap();
+            arrived.send_replace(delivery.delivery_tag);
         }
         publishing.await.unwrap();
+        settling.await.unwrap();
         channel.close(200, "done".into()).await.unwrap();
         times
     }
