@@ -1,7 +1,8 @@
-//! redis-rs alone: one `XADD` a message, many under way on one multiplexed connection; `XREADGROUP` in
-//! batches, with `XACK` and `XDEL` of the whole batch in one transaction behind; questions and answers
-//! over pub/sub. The server syncs before each answer, so each is as safe as wilco's; what it does not
-//! do is recognise a message that is sent twice, count its deliveries, or keep a lease.
+//! redis-rs alone: one script a message, `SADD` of its id and `XADD`, so that one that is sent twice is
+//! stored once, many under way on one multiplexed connection; `XREADGROUP` in batches, with `XACK`, `XDEL`
+//! and `SREM` of the whole batch in one transaction behind; questions and answers over pub/sub. The server
+//! syncs before each answer, so each is as safe as wilco's; what it does not do is limit deliveries, or
+//! keep a lease.
 
 use std::time::{Duration, Instant};
 
@@ -20,11 +21,17 @@ use super::NAME;
 use crate::{BODY, Side, since, stamped};
 
 const GROUP: &str = "bare-group";
+/// The ids of the messages that are not acked.
+const IDS: &str = "bare-ids";
+const ADD: &str = "if redis.call('SADD', KEYS[2], ARGV[1]) == 0 then return 0 end \
+    return redis.call('XADD', KEYS[1], '*', 'id', ARGV[1], 'kind', 'bench', 'body', ARGV[2])";
 const LANE: &str = "bare-lane";
 const REPLY: &str = "bare-reply";
 
 pub(super) struct Redis {
     host: MultiplexedConnection,
+    /// The hash of [`ADD`].
+    add: String,
     guest: MultiplexedConnection,
     asker: Mutex<(MultiplexedConnection, UnboundedReceiver<PushInfo>)>,
     answering: JoinHandle<()>,
@@ -37,6 +44,9 @@ pub(super) async fn connect(url: &str) -> Redis {
     let mut quiet = cmd("CONFIG");
     quiet.arg("SET").arg("auto-aof-rewrite-percentage").arg(0);
     let _: Value = quiet.query_async(&mut host).await.unwrap();
+    let mut load = cmd("SCRIPT");
+    load.arg("LOAD").arg(ADD);
+    let add: String = load.query_async(&mut host).await.unwrap();
     let (mut guest, mut questions) = listening(&client, LANE).await;
     let answering = tokio::spawn(async move {
         while let Some(push) = questions.recv().await {
@@ -49,6 +59,7 @@ pub(super) async fn connect(url: &str) -> Redis {
     });
     Redis {
         host,
+        add,
         guest: plain(&client).await,
         asker: Mutex::new(listening(&client, REPLY).await),
         answering,
@@ -89,19 +100,25 @@ fn payload(push: PushInfo) -> Option<Vec<u8>> {
     }
 }
 
-async fn add(connection: &mut MultiplexedConnection, body: &[u8]) {
-    let mut add = cmd("XADD");
-    add.arg(NAME).arg("*");
-    add.arg("id").arg(MessageId::generate().as_str());
-    add.arg("kind").arg("bench").arg("body").arg(body);
+async fn add(connection: &mut MultiplexedConnection, script: &str, body: &[u8]) {
+    let mut add = cmd("EVALSHA");
+    add.arg(script).arg(2).arg(NAME).arg(IDS);
+    add.arg(MessageId::generate().as_str()).arg(body);
     let added: Value = add.query_async(connection).await.unwrap();
     assert!(matches!(added, Value::BulkString(_)), "{added:?}");
 }
 
-/// The entries' ids and bodies.
-fn entries(answer: Value) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+/// What one read brought.
+#[derive(Default)]
+struct Read {
+    entries: Vec<Vec<u8>>,
+    ids: Vec<Vec<u8>>,
+    bodies: Vec<Vec<u8>>,
+}
+
+fn entries(answer: Value) -> Read {
     let Value::Map(streams) = answer else {
-        return Default::default();
+        return Read::default();
     };
     let entries = streams
         .into_iter()
@@ -109,36 +126,44 @@ fn entries(answer: Value) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
             Value::Array(entries) => Some(entries),
             _ => None,
         });
-    let parts = entries.flatten().filter_map(|entry| {
+    let mut read = Read::default();
+    for entry in entries.flatten() {
         let Value::Array(parts) = entry else {
-            return None;
+            continue;
         };
         let mut parts = parts.into_iter();
-        let (Value::BulkString(id), Value::Array(fields)) = (parts.next()?, parts.next()?) else {
-            return None;
+        let (Some(Value::BulkString(entry)), Some(Value::Array(fields))) =
+            (parts.next(), parts.next())
+        else {
+            continue;
         };
-        match fields.into_iter().last()? {
-            Value::BulkString(body) => Some((id, body)),
-            _ => None,
+        let mut fields = fields.into_iter();
+        if let (Some(Value::BulkString(id)), Some(Value::BulkString(body))) =
+            (fields.nth(1), fields.next_back())
+        {
+            read.entries.push(entry);
+            read.ids.push(id);
+            read.bodies.push(body);
         }
-    });
-    parts.unzip()
+    }
+    read
 }
 
 impl Redis {
-    async fn read(&self, most: u32) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+    async fn read(&self, most: u32) -> Read {
         let mut read = cmd("XREADGROUP");
         read.arg("GROUP").arg(GROUP).arg("c").arg("COUNT").arg(most);
         read.arg("BLOCK").arg(0).arg("STREAMS").arg(NAME).arg(">");
         entries(read.query_async(&mut self.guest.clone()).await.unwrap())
     }
 
-    async fn ack(&self, ids: &[Vec<u8>]) {
-        let mut both = pipe();
-        both.atomic();
-        both.cmd("XACK").arg(NAME).arg(GROUP).arg(ids);
-        both.cmd("XDEL").arg(NAME).arg(ids);
-        let _: Value = both.query_async(&mut self.guest.clone()).await.unwrap();
+    async fn ack(&self, read: &Read) {
+        let mut all = pipe();
+        all.atomic();
+        all.cmd("XACK").arg(NAME).arg(GROUP).arg(&read.entries);
+        all.cmd("XDEL").arg(NAME).arg(&read.entries);
+        all.cmd("SREM").arg(IDS).arg(&read.ids);
+        let _: Value = all.query_async(&mut self.guest.clone()).await.unwrap();
     }
 }
 
@@ -146,7 +171,11 @@ impl Redis {
 impl Side for Redis {
     async fn fresh(&self) {
         let mut host = self.host.clone();
-        let _: Value = cmd("DEL").arg(NAME).query_async(&mut host).await.unwrap();
+        let _: Value = cmd("DEL")
+            .arg(&[NAME, IDS])
+            .query_async(&mut host)
+            .await
+            .unwrap();
         let mut make = cmd("XGROUP");
         make.arg("CREATE")
             .arg(NAME)
@@ -159,10 +188,10 @@ impl Side for Redis {
     async fn publish(&self, messages: usize, in_flight: usize) {
         let body = Bytes::from(vec![b'x'; BODY]);
         let tasks = (0..in_flight).map(|_| {
-            let (mut host, body) = (self.host.clone(), body.clone());
+            let (mut host, script, body) = (self.host.clone(), self.add.clone(), body.clone());
             async move {
                 for _ in 0..messages / in_flight {
-                    add(&mut host, &body).await;
+                    add(&mut host, &script, &body).await;
                 }
             }
         });
@@ -173,10 +202,10 @@ impl Side for Redis {
         let begin = Instant::now();
         let mut left = messages;
         while left > 0 {
-            let (ids, bodies) = self.read(prefetch).await;
-            assert!(bodies.iter().all(|body| body.len() == BODY));
-            self.ack(&ids).await;
-            left -= ids.len();
+            let read = self.read(prefetch).await;
+            assert!(read.bodies.iter().all(|body| body.len() == BODY));
+            self.ack(&read).await;
+            left -= read.bodies.len();
         }
         begin.elapsed()
     }
@@ -198,22 +227,22 @@ impl Side for Redis {
     }
 
     async fn paced(&self, messages: usize) -> Vec<Duration> {
-        let host = self.host.clone();
+        let (host, script) = (self.host.clone(), self.add.clone());
         let publishing = tokio::spawn(async move {
             let mut tick = tokio::time::interval(Duration::from_millis(1));
             let mut published = JoinSet::new();
             for _ in 0..messages {
                 tick.tick().await;
-                let mut host = host.clone();
-                published.spawn(async move { add(&mut host, &stamped()).await });
+                let (mut host, script) = (host.clone(), script.clone());
+                published.spawn(async move { add(&mut host, &script, &stamped()).await });
             }
             published.join_all().await;
         });
         let mut times = Vec::with_capacity(messages);
         while times.len() < messages {
-            let (ids, bodies) = self.read(64).await;
-            times.extend(bodies.iter().map(|body| since(body)));
-            self.ack(&ids).await;
+            let read = self.read(64).await;
+            times.extend(read.bodies.iter().map(|body| since(body)));
+            self.ack(&read).await;
         }
         publishing.await.unwrap();
         times
