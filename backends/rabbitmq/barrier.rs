@@ -41,9 +41,10 @@ pub(super) async fn pass(channel: &Channel, queue: &str) -> Result<(), Fault> {
             arguments,
         )
         .await?;
-    channel
-        .basic_cancel(TAG.into(), BasicCancelOptions::default())
-        .await?;
+    // That it is taken back proves nothing more, and the channel's next command comes behind it: so
+    // nobody waits for that.
+    let options = BasicCancelOptions { nowait: true };
+    channel.basic_cancel(TAG.into(), options).await?;
     Ok(())
 }
 

@@ -28,8 +28,9 @@ use crate::deadline::Deadline;
 /// The most messages of one window.
 const WINDOW: usize = 128;
 
-/// How many windows are on their way at once.
-const CHANNELS: usize = 4;
+/// How many windows are on their way at once. With few, a message that comes just after a window has left
+/// waits for that whole window first: at 1,000 a second that took longer than all the rest of its way.
+const CHANNELS: usize = 16;
 
 /// How many messages wait at most; more wait outside, each until its deadline.
 const WAITING: usize = 8 * 1024;
@@ -144,13 +145,18 @@ impl Outbox {
             answer,
             _room: room,
         });
-        self.news.notify_one();
+        // Whoever was done last: so there are as many channels as windows were ever on their way at once.
+        self.news.notify_last();
         match deadline.bound(answered).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) | Err(_) if ticket.withdraw() || ticket.is_withdrawn() => Answer::NotSent,
             Ok(Err(_)) => Answer::Lost,
             Err(_) => Answer::Late,
         }
+    }
+
+    fn is_empty(&self) -> bool {
+        lock(&self.jobs).is_empty()
     }
 
     /// The next window: what was withdrawn meanwhile is dropped.
@@ -165,7 +171,7 @@ impl Outbox {
             }
         }
         if !jobs.is_empty() {
-            self.news.notify_one();
+            self.news.notify_last();
         }
         window
     }
@@ -176,7 +182,7 @@ impl Outbox {
             job.ticket.wait_again();
             jobs.push_front(job);
         }
-        self.news.notify_one();
+        self.news.notify_last();
     }
 
     /// Publishes what waits over this connection, until it breaks.
@@ -196,29 +202,37 @@ impl Outbox {
     }
 }
 
-/// One channel's owner.
+/// One channel's owner. The channel is opened for the first window: most handles never need most of them.
 async fn own(outbox: Arc<Outbox>, wire: Arc<Wire>) {
+    let mut channel: Option<Channel> = None;
     loop {
-        let Ok(channel) = open(&wire).await else {
+        if outbox.is_empty() {
             tokio::select! {
+                () = outbox.news.notified() => {}
                 () = wire.until_dead() => return,
-                () = tokio::time::sleep(Duration::from_millis(50)) => continue,
             }
-        };
-        loop {
-            let window = outbox.window();
-            if window.is_empty() {
-                tokio::select! {
-                    () = outbox.news.notified() => {}
-                    () = wire.until_dead() => return,
+            continue;
+        }
+        let open = match channel.take() {
+            Some(open) => open,
+            None => match open(&wire).await {
+                Ok(open) => open,
+                Err(_) => {
+                    // Meanwhile another may have a channel.
+                    outbox.news.notify_last();
+                    tokio::select! {
+                        () = wire.until_dead() => return,
+                        () = tokio::time::sleep(Duration::from_millis(50)) => continue,
+                    }
                 }
-                continue;
-            }
-            // A channel that refused once refuses for ever where the queue's leader has moved.
-            if send(&outbox, &channel, window).await != Sent::Well {
-                let _ = channel.close(200, "done".into()).await;
-                break;
-            }
+            },
+        };
+        let window = outbox.window();
+        // A channel that refused once refuses for ever where the queue's leader has moved.
+        if window.is_empty() || send(&outbox, &open, window).await == Sent::Well {
+            channel = Some(open);
+        } else {
+            let _ = open.close(200, "done".into()).await;
         }
     }
 }

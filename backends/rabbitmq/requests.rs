@@ -42,6 +42,10 @@ use crate::{
 /// Requests that wait for a responder to look. More wait on the broker, each for its asker's time.
 const WAITING: u16 = 64;
 
+/// How many requests are acked together. An ack only makes room for more: the lane goes with its guest,
+/// and so does what is not acked.
+const ACKED_AT_ONCE: u16 = WAITING / 2;
+
 fn lane_of(queue: &QueueName) -> String {
     format!("{queue}.lane")
 }
@@ -281,6 +285,7 @@ async fn forward(
     channel: &Channel,
     requests: &mpsc::Sender<Result<Incoming>>,
 ) {
+    let mut unacked = 0;
     while let Some(Ok(delivery)) = consumer.next().await {
         let properties = &delivery.properties;
         let is_look = properties
@@ -300,9 +305,14 @@ async fn forward(
         {
             return;
         }
-        let acked = channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default());
-        if acked.await.is_err() {
-            return;
+        unacked += 1;
+        if unacked == ACKED_AT_ONCE {
+            unacked = 0;
+            let options = BasicAckOptions { multiple: true };
+            let acked = channel.basic_ack(delivery.delivery_tag, options);
+            if acked.await.is_err() {
+                return;
+            }
         }
     }
 }
