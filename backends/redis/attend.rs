@@ -344,10 +344,12 @@ impl Attendant {
         let renew = self.renew_at <= Instant::now();
         let room = {
             let state = lock(&self.hold.state);
-            // A few at a time while some are buffered still: half of the room at once is worth a call.
-            let room = self.hold.prefetch.saturating_sub(state.unsettled());
-            let worth = state.buffer.is_empty() || room * 2 >= self.hold.prefetch;
-            if worth || renew { room } else { 0 }
+            // While some are buffered still, more of them make one call: each has to be synced.
+            if state.buffer.is_empty() || renew {
+                self.hold.prefetch.saturating_sub(state.unsettled())
+            } else {
+                0
+            }
         };
         let want = if self.look || renew { room } else { 0 };
         if want == 0 && !renew {
