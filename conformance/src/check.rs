@@ -42,10 +42,14 @@ impl Check {
     /// deadlines, long before.
     pub const LIMIT_WITH_FAULTS: Duration = Duration::from_secs(900);
 
-    /// How long this one may take.
+    /// How long this one may take, run like this.
     #[must_use]
-    pub fn limit(&self) -> Duration {
-        if self.law.starts_with(['F', 'W']) || self.law == "C13" {
+    pub fn limit(&self, options: &Options) -> Duration {
+        if self.is_nemesis() {
+            // A fault takes as long as its outage and the way back; and a slow machine's hundred a second.
+            let Nemesis { messages, faults } = options.nemesis;
+            Self::LIMIT + Duration::from_secs(messages / 100 + faults * 60)
+        } else if self.law.starts_with(['F', 'W']) || self.law == "C13" {
             Self::LIMIT_WITH_FAULTS
         } else {
             Self::LIMIT
@@ -62,9 +66,19 @@ impl Check {
             "F6" | "W20" => Use::Cluster,
             "S1" => Use::Credentials,
             "W17" | "W18" | "W19" | "W33" | "W38" | "W39" => Use::Alone,
-            law if law.starts_with('F') || self.name.contains("restart") => Use::Alone,
+            _ if self.breaks_its_broker() || self.name.contains("restart") => Use::Alone,
             _ => Use::Shared,
         }
+    }
+
+    /// Whether it is one of those that break the broker and its network to see what comes of it.
+    #[must_use]
+    pub fn breaks_its_broker(&self) -> bool {
+        self.law.starts_with('F') && self.law != "F7" || self.is_nemesis()
+    }
+
+    fn is_nemesis(&self) -> bool {
+        self.name.contains("nemesis")
     }
 
     /// Runs the check on a fresh broker of this harness.
@@ -79,10 +93,11 @@ impl Check {
                     law: self.law,
                     history: OnceLock::new(),
                 };
-                let result = match tokio::time::timeout(self.limit(), (self.run)(&cx)).await {
+                let result = match tokio::time::timeout(self.limit(options), (self.run)(&cx)).await
+                {
                     Ok(result) => result,
                     Err(_) => Err(CheckError::failed(
-                        format!("the check ends within {:?}", self.limit()),
+                        format!("the check ends within {:?}", self.limit(options)),
                         "something in it still waited",
                     )),
                 };
@@ -140,6 +155,17 @@ pub struct Options {
     pub crowd: usize,
     /// How many races where law C13 says a thousand.
     pub races: usize,
+    /// How much a nemesis run is.
+    pub nemesis: Nemesis,
+}
+
+/// How much a nemesis run is.
+#[derive(Clone, Copy, Debug)]
+pub struct Nemesis {
+    /// So many messages are confirmed at least.
+    pub messages: u64,
+    /// So many faults strike, spread over them.
+    pub faults: u64,
 }
 
 impl Options {
@@ -155,6 +181,10 @@ impl Options {
             outage: Duration::from_secs(60),
             crowd: 1_000,
             races: 1_000,
+            nemesis: Nemesis {
+                messages: 100_000,
+                faults: 20,
+            },
         }
     }
 }

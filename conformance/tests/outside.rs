@@ -19,6 +19,7 @@ const NOT_RUN: &[&str] = &[
     "r3_a_killed_guest_becomes_no_consumer",
     "d1_a_claim_to_outlive_a_kill_is_true",
     "l_processes_killed_at_random_lose_nothing",
+    "l_a_nemesis_loses_nothing",
     "f1_a_kill_after_the_confirm_loses_nothing",
     "f2_kills_amid_bursts_lose_nothing",
     "f3_a_paused_broker_ends_no_call_late",

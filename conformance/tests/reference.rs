@@ -27,6 +27,7 @@ const NOT_RUN: &[&str] = &[
     "f8_a_close_with_the_broker_down_ends",
     "f9_an_alarm_refuses_and_loses_nothing",
     "l_processes_killed_at_random_lose_nothing",
+    "l_a_nemesis_loses_nothing",
     "s1_a_guests_credential_is_worth_one_queue",
     "s2_what_no_client_would_send_is_parked",
 ];

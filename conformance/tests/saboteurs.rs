@@ -133,6 +133,7 @@ fn x1_checks_without_a_saboteur_are_known() {
         "r3_a_killed_guest_becomes_no_consumer",
         "d1_a_claim_to_outlive_a_kill_is_true",
         "l_processes_killed_at_random_lose_nothing",
+        "l_a_nemesis_loses_nothing",
     ];
     assert_eq!(bare, known);
 }

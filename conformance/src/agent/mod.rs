@@ -72,6 +72,8 @@ pub enum Order {
         prefix: String,
         /// How many.
         messages: u64,
+        /// So many at once.
+        at_once: u32,
         /// Where the random choices come from.
         seed: u64,
     },
@@ -117,12 +119,23 @@ impl Agent {
     /// # Errors
     /// [`Unavailable`] where no other process can reach the broker or the program is not known.
     pub async fn start(cx: &Cx) -> Result<Self, CheckError> {
+        Self::start_at(cx, &Self::url(cx)?)
+    }
+
+    /// Where another process reaches the check's broker.
+    ///
+    /// # Errors
+    /// [`Unavailable`] where none can.
+    pub(crate) fn url(cx: &Cx) -> Result<String, CheckError> {
         let facts = cx.server.facts();
-        let url = facts
-            .url
-            .ok_or_else(|| Unavailable::because(facts.private_because))?;
+        let url = facts.url;
+        Ok(url.ok_or_else(|| Unavailable::because(facts.private_because))?)
+    }
+
+    /// Starts one that reaches the broker by this URL.
+    pub(crate) fn start_at(cx: &Cx, url: &str) -> Result<Self, CheckError> {
         let program = cx.options.agent.as_deref();
-        let (process, told) = Second::start(program, "agent", &[], &url)?;
+        let (process, told) = Second::start(program, "agent", &[], url)?;
         let told = BufReader::new(told).lines();
         Ok(Self { process, told })
     }

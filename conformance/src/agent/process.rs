@@ -2,7 +2,11 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use tokio::io::{AsyncBufReadExt, BufReader, stdin};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader, stdin},
+    task::JoinSet,
+};
 use wilco::{
     Broker, Deadline, Message, MessageId, Outcome, QueueName,
     broker::{Consumer, Delivery},
@@ -100,9 +104,16 @@ impl Process {
                 queue,
                 prefix,
                 messages,
+                at_once,
                 seed,
             } => {
-                self.load(&queue, &prefix, messages, seed).await?;
+                let at_once = usize::try_from(at_once).unwrap_or(1);
+                tell(&Told::Done)?;
+                stream::iter(0..messages)
+                    .map(|n| self.load(&queue, format!("{prefix}{n}"), seed))
+                    .buffer_unordered(at_once)
+                    .try_collect::<()>()
+                    .await?;
                 return Ok(Told::End);
             }
         }
@@ -115,68 +126,59 @@ impl Process {
         let consumer = attach(&*self.broker, queue, prefetch).await;
         let mut consumer = consumer.map_err(|error| format!("{error:?}"))?;
         tell(&Told::Done)?;
+        // As many at once as there may be unsettled.
+        let mut settling = JoinSet::new();
         loop {
             let delivery = consumer.next().await.map_err(|error| error.to_string())?;
             // Told before anything else is done with it: whoever is killed here has received it.
             history(seed, Event::delivery(queue, &delivery))?;
-            let id = delivery.message.id.to_string();
-            let (how, settled) = match rng.u32(0..10) {
-                0 => (How::Dropped, {
-                    drop(delivery);
-                    Ok(())
-                }),
-                1 => {
-                    let delay = Duration::from_millis(rng.u64(0..30));
-                    (How::Retry, delivery.retry(delay, limit()).await)
-                }
-                _ => (How::Ack, delivery.ack(limit()).await),
-            };
-            history(
-                seed,
-                Event::Settled {
-                    queue: queue.to_string(),
-                    id,
-                    how,
-                    ok: settled.is_ok(),
-                },
-            )?;
+            let (queue, rng) = (queue.to_string(), rng.fork());
+            settling.spawn(settle(delivery, queue, seed, rng));
+            while let Some(settled) = settling.try_join_next() {
+                settled.map_err(|error| error.to_string())??;
+            }
         }
     }
 
-    async fn load(
-        &mut self,
-        queue: &QueueName,
-        prefix: &str,
-        messages: u64,
-        seed: u64,
-    ) -> Result<(), String> {
-        tell(&Told::Done)?;
-        for n in 0..messages {
-            let id = format!("{prefix}{n}");
-            let message = message(&id).map_err(|error| error.to_string())?;
-            history(
-                seed,
-                Event::Attempt {
-                    queue: queue.to_string(),
-                    id: id.clone(),
-                },
-            )?;
-            let answer = match self.broker.publish(queue, message, limit()).await {
-                Ok(_) => Answer::Stored,
-                Err(error) if error.outcome() == Some(Outcome::NotStored) => Answer::NotStored,
-                Err(_) => Answer::Unknown,
-            };
-            history(
-                seed,
-                Event::Answer {
-                    queue: queue.to_string(),
-                    id,
-                    answer,
-                },
-            )?;
-        }
-        Ok(())
+    async fn load(&self, queue: &QueueName, id: String, seed: u64) -> Result<(), String> {
+        let message = message(&id).map_err(|error| error.to_string())?;
+        history(
+            seed,
+            Event::Attempt {
+                queue: queue.to_string(),
+                id: id.clone(),
+            },
+        )?;
+        let answer = match self.broker.publish(queue, message, limit()).await {
+            Ok(_) => Answer::Stored,
+            Err(error) if error.outcome() == Some(Outcome::NotStored) => Answer::NotStored,
+            Err(_) => Answer::Unknown,
+        };
+        let queue = queue.to_string();
+        history(seed, Event::Answer { queue, id, answer })
     }
+}
+
+async fn settle(
+    delivery: Delivery,
+    queue: String,
+    seed: u64,
+    mut rng: fastrand::Rng,
+) -> Result<(), String> {
+    let id = delivery.message.id.to_string();
+    let (how, settled) = match rng.u32(0..10) {
+        0 => (How::Dropped, {
+            drop(delivery);
+            Ok(())
+        }),
+        1 => {
+            let delay = Duration::from_millis(rng.u64(0..30));
+            (How::Retry, delivery.retry(delay, limit()).await)
+        }
+        _ => (How::Ack, delivery.ack(limit()).await),
+    };
+    let ok = settled.is_ok();
+    history(seed, Event::Settled { queue, id, how, ok })
 }
 
 fn message(id: &str) -> wilco::Result<Message> {

@@ -59,6 +59,12 @@ pub(super) struct Run {
     /// How many guests or races there are where a case says a thousand (W37, W38).
     #[arg(long, default_value_t = 1_000)]
     crowd: usize,
+    /// How many messages a nemesis run has confirmed at least
+    #[arg(long, default_value_t = 10_000)]
+    messages: u64,
+    /// How many faults strike in a nemesis run
+    #[arg(long, default_value_t = 20)]
+    strikes: u64,
     /// List the checks and end.
     #[arg(long)]
     pub(super) list: bool,
@@ -130,6 +136,8 @@ impl Run {
         options.kills = self.kills;
         options.outage = Duration::from_secs(self.outage);
         options.crowd = self.crowd;
+        options.nemesis.messages = self.messages;
+        options.nemesis.faults = self.strikes;
         let beside = self.report.as_ref().map(|report| report.join("histories"));
         if let Some(histories) = self.histories.clone().or(beside) {
             let made = std::fs::create_dir_all(&histories);
@@ -169,7 +177,7 @@ impl Run {
         let mut interrupted = false;
         for (n, check) in checks.iter().enumerate() {
             // What breaks the broker is asked for, by this or by name.
-            let breaks = check.law.starts_with('F') && check.law != "F7" && !self.faults;
+            let breaks = check.breaks_its_broker() && !self.faults;
             let named = !self.laws.is_empty() || !self.checks.is_empty();
             let line = match reason {
                 Some(reason) => not_run(check, options, reason),

@@ -89,6 +89,7 @@ pub async fn l_processes_killed_at_random_lose_nothing(cx: &Cx) -> CheckResult {
                 queue,
                 prefix,
                 messages: 100_000,
+                at_once: 1,
                 seed,
             })
             .await?;

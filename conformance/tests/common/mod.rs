@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use wilco_conformance::{
-    check::{CheckError, Options},
+    check::{CheckError, Nemesis, Options},
     harness::Harness,
     harnesses, registry,
 };
@@ -86,6 +86,10 @@ fn options(broker: &str) -> Options {
         crowd: 40,
         // A guest's life on RabbitMQ takes a quarter of a second of a processor's time: a debug build's
         // and the server's.
+        nemesis: Nemesis {
+            messages: 4_000,
+            faults: 5,
+        },
         races: if broker == "rabbitmq" { 200 } else { 1_000 },
         ..options
     }

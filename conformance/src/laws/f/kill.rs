@@ -96,6 +96,7 @@ pub async fn f2_kills_amid_bursts_lose_nothing(cx: &Cx) -> CheckResult {
             queue: here.clone(),
             prefix: "agent-".into(),
             messages: u64::MAX,
+            at_once: 1,
             seed: rng.u64(..),
         })
         .await?;

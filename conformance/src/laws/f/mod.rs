@@ -7,6 +7,7 @@ mod crew;
 mod cut;
 mod kill;
 mod link;
+mod nemesis;
 mod pause;
 mod shutdown;
 
@@ -28,6 +29,7 @@ pub use connect::*;
 pub use cut::*;
 pub use kill::*;
 pub use link::*;
+pub use nemesis::*;
 pub use pause::*;
 pub use shutdown::*;
 
