@@ -35,7 +35,7 @@ const TAKEOVER: Duration = Duration::from_secs(5);
 const SYNCS_SINCE: (u32, u32, u32) = (2, 10, 23);
 
 /// Who says nothing of himself is let in; who says something is asked for a password (case W4).
-const ANYBODY: &str = "authorization { users: [{ user: anybody, password: anything }] }\n\
+const ANYBODY: &str = "authorization { users: [{ user: anybody, password: anything }], timeout: 30 }\n\
                        no_auth_user: anybody\n";
 
 /// How many bytes it stores at the most.
