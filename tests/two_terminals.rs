@@ -222,3 +222,30 @@ fn a_fleet_is_read_from_stdin() {
     succeeded(&place, &common::Running::of(child).ended());
     drop(guest);
 }
+
+/// W9, as an operator sees it: the guest alone is killed, and its program does not go on beside the next.
+#[test]
+#[cfg(target_os = "linux")]
+fn w9_a_program_does_not_outlive_its_guest() {
+    let place = place();
+    place.script("prepare", "echo $$ >running; exec sleep 600");
+    let guest = place.start(GUEST);
+    let _provision = place.start(["provision", "fleet.jsonl"]);
+    until("prepare runs", || !place.read("running").trim().is_empty());
+    let program = std::path::Path::new("/proc").join(place.read("running").trim());
+    assert!(program.join("exe").is_file(), "it runs");
+    guest.signal("KILL");
+    assert_eq!(guest.ended().code, None, "it is killed");
+    // Killed, it may wait to be collected for a moment; then it has no program any more.
+    until("the program is gone", || !program.join("exe").is_file());
+    let next = place.start(GUEST);
+    until("it is told as interrupted", || {
+        place.run(["status", "vm-1"]).stdout.contains("failed")
+    });
+    let explained = place.run(["explain", "vm-1"]);
+    assert!(
+        explained.stdout.contains("the agent ended while this ran"),
+        "{explained:?}"
+    );
+    next.stop().expect(0, &["stopped"]);
+}

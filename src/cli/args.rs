@@ -131,7 +131,8 @@ pub(super) struct Provision {
 /// SIGTERM and SIGINT end the guest gracefully: a program that runs gets 30 s to end, and is killed then.
 /// A command whose program did not end, because it was killed or the guest or its machine was, is not
 /// run again but reported as failed, unless --on-interrupt run-again says that the program can bear it.
-/// If the guest alone is killed, its program goes on without it.
+/// On Linux a program is killed with its guest, whatever kills that; what the program itself started is
+/// not. Elsewhere it goes on without it.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

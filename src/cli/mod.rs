@@ -19,6 +19,7 @@ mod provision;
 mod queues;
 mod status;
 mod summary;
+mod tied;
 mod watch;
 
 use std::process::ExitCode;
@@ -32,6 +33,9 @@ use problem::{Exit, Outcome, Problem};
 
 /// Parses, runs, and turns a problem into one message and its exit code.
 pub(crate) fn main() -> ExitCode {
+    if let Some(code) = tied::become_it(std::env::args_os()) {
+        return code;
+    }
     let cli = Cli::parse();
     let output = Output {
         json: cli.global.json,

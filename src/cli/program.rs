@@ -17,6 +17,7 @@ use tokio::{
 use super::{
     output,
     problem::{Outcome, Problem},
+    tied,
 };
 
 /// The most of a program's stdout that becomes its result.
@@ -67,7 +68,7 @@ impl Program {
         &self.0
     }
 
-    /// Runs it to its end. Dropped early, the program is killed.
+    /// Runs it to its end. Dropped early, the program is killed; and with this process, whatever kills that.
     ///
     /// The error is the text of a failure: how it ended, and the end of its stderr.
     pub(super) async fn run(
@@ -75,8 +76,17 @@ impl Program {
         payload: &[u8],
         env: &[(&str, String)],
     ) -> Result<Box<RawValue>, String> {
+        self.run_by(tied::command(&self.0), payload, env).await
+    }
+
+    async fn run_by(
+        &self,
+        mut command: Command,
+        payload: &[u8],
+        env: &[(&str, String)],
+    ) -> Result<Box<RawValue>, String> {
         let name = self.0.display();
-        let mut child = Command::new(&self.0)
+        let mut child = command
             .envs(env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -205,7 +215,10 @@ mod tests {
             .status();
         assert!(write.unwrap().success());
         let program = Program::find(&path).unwrap();
-        let result = program.run(payload.as_bytes(), &[("V", "v".into())]).await;
+        // What ties it is the command itself, and this is its test.
+        let command = Command::new(program.path());
+        let env = [("V", "v".into())];
+        let result = program.run_by(command, payload.as_bytes(), &env).await;
         result
             .map(|json| json.get().to_owned())
             .map_err(|error| error.replace(&path.display().to_string(), "program"))

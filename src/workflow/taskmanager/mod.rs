@@ -344,7 +344,9 @@ impl Taskmanager {
                 format!("{guest} is being provisioned again: cancel that, then delete it"),
             ));
         }
-        self.inner.fence(&record.address).await?;
+        self.inner.withdraw_place(&record.address).await?;
+        // Waited for: a command that ends right after this has told it all the same.
+        dismiss(self.inner.asker(&record.address)).await;
         if machine::apply(&mut record, Event::Deleted, now_ms()) {
             self.inner.save(&mut record).await?;
             self.inner.announce(&record);
@@ -459,9 +461,14 @@ impl Inner {
 
     /// Takes a machine's credential and its queue away, with all that is in it, and tells a guest that is still there.
     async fn fence(&self, address: &GuestAddress) -> Result<()> {
+        self.withdraw_place(address).await?;
+        self.dismiss(address);
+        Ok(())
+    }
+
+    async fn withdraw_place(&self, address: &GuestAddress) -> Result<()> {
         self.revoke_its_credential(address).await?;
         self.take_queue(address).await?;
-        self.dismiss(address.clone());
         Ok(())
     }
 
@@ -499,19 +506,9 @@ impl Inner {
         }
     }
 
-    /// Tells a machine that it was given up, if its agent is there. That is a courtesy: without its
-    /// queue it runs nothing anyway.
-    fn dismiss(&self, address: GuestAddress) {
-        let asker = self.asker(&address);
-        tokio::spawn(async move {
-            match asker.dismiss(Duration::from_secs(2)).await {
-                Ok(()) => tracing::info!(guest = %address, "fenced"),
-                Err(error) if *error.kind() == ErrorKind::NoConsumer => {}
-                Err(error) => {
-                    tracing::debug!(guest = %address, %error, "not told that it was given up")
-                }
-            }
-        });
+    /// Tells a machine that it was given up, without waiting.
+    fn dismiss(&self, address: &GuestAddress) {
+        tokio::spawn(dismiss(self.asker(address)));
     }
 
     fn asker(&self, address: &GuestAddress) -> Asker {
@@ -545,6 +542,17 @@ impl Inner {
             ErrorKind::Conflict,
             "this taskmanager only observes: it does not own the records",
         ))
+    }
+}
+
+/// Tells a machine that it was given up, if its agent is there. That is a courtesy: without its queue it
+/// runs nothing anyway.
+async fn dismiss(asker: Asker) {
+    let address = asker.address.clone();
+    match asker.dismiss(Duration::from_secs(2)).await {
+        Ok(()) => tracing::info!(guest = %address, "fenced"),
+        Err(error) if *error.kind() == ErrorKind::NoConsumer => {}
+        Err(error) => tracing::debug!(guest = %address, %error, "not told that it was given up"),
     }
 }
 

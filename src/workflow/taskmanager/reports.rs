@@ -196,7 +196,7 @@ impl Inner {
         let is_current = record.address == *address;
         if address.incarnation < record.address.incarnation || (is_current && !may_serve(record)) {
             tracing::warn!(guest = %address, "a machine that was given up is up; it is told");
-            self.dismiss(address.clone());
+            self.dismiss(address);
         } else if is_current && !matches!(event, ReportEvent::Hello) {
             tracing::debug!(guest = %address, state = %record.state, "a report after the outcome");
         }
