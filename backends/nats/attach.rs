@@ -10,10 +10,11 @@
 //! had received is kept in the notes. One that leaves in order deletes it itself, and with it all goes back
 //! at once; unless deliveries are still in hand, which keep their leases, and the next one shares it (C5).
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
 
 use async_nats::Subscriber;
 use bytes::Bytes;
+use futures_util::{TryStreamExt as _, stream};
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
@@ -232,27 +233,45 @@ async fn settle_in(
 }
 
 /// Takes out again what was settled and came back when the server was killed (law C2). Nobody gets it, so
-/// nobody is to wait for it because the queue counts it.
+/// nobody is to wait for it because the queue counts it. Each run costs a round trip, and where messages were
+/// not settled in their order there are hundreds: many are asked for at once.
 pub(super) async fn sweep(
     link: &Link,
     names: &Names,
     settled: &BTreeMap<u64, u64>,
     deadline: Deadline,
 ) -> Result<()> {
-    let mut from = 0;
-    for (first, last) in settled {
-        from = from.max(*first);
-        while from <= *last {
-            let stored = link.stored(names, &names.input(), from, deadline).await?;
-            let Some(stored) = stored else {
-                return Ok(());
-            };
-            from = stored.sequence;
-            if from <= *last {
-                link.forget(names, from, deadline).await?;
-                from += 1;
-            }
-        }
+    const AT_ONCE: usize = 64;
+    let Some((oldest, _)) = settled.first_key_value() else {
+        return Ok(());
+    };
+    let stored = link
+        .stored(names, &names.input(), *oldest, deadline)
+        .await?;
+    let Some(stored) = stored else {
+        return Ok(());
+    };
+    let runs = settled.iter().filter(|(_, last)| **last >= stored.sequence);
+    stream::iter(runs.map(Ok))
+        .try_for_each_concurrent(AT_ONCE, |(first, last)| {
+            sweep_run(link, names, *first..=*last, deadline)
+        })
+        .await
+}
+
+async fn sweep_run(
+    link: &Link,
+    names: &Names,
+    run: RangeInclusive<u64>,
+    deadline: Deadline,
+) -> Result<()> {
+    let mut from = *run.start();
+    while run.contains(&from)
+        && let Some(stored) = link.stored(names, &names.input(), from, deadline).await?
+        && run.contains(&stored.sequence)
+    {
+        link.forget(names, stored.sequence, deadline).await?;
+        from = stored.sequence + 1;
     }
     Ok(())
 }
