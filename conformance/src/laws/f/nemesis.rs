@@ -17,7 +17,7 @@ use crate::{
     agent::{Agent, Order, Told},
     check::{CheckError, CheckResult, Cx},
     harness::Faults,
-    ledger::{Answer, Event, History, Minimum},
+    ledger::{Answer, Entry, Event, History, Minimum},
     proxy::{Proxy, Toward},
     support::*,
     workload::{finish, verdict},
@@ -65,8 +65,13 @@ pub async fn l_a_nemesis_loses_nothing(cx: &Cx) -> CheckResult {
     };
     let went = striking.await;
     let queues: Vec<_> = crew.hands.iter().map(|hand| hand.queue.clone()).collect();
-    crew.dismiss().await?;
-    went?;
+    let dismissed = crew.dismiss().await;
+    // Who has failed says more than that he was missed.
+    if let Err(CheckError::Failed(mut failure)) = dismissed.and(went) {
+        let strikes: Vec<_> = history.entries().into_iter().filter_map(fault).collect();
+        failure.seen += &format!("\n  after: {}", strikes.join(", "));
+        return Err(CheckError::Failed(failure));
+    }
     for queue in queues.iter().step_by(2) {
         finish(cx, &*control, queue, &history).await?;
     }
@@ -77,6 +82,13 @@ pub async fn l_a_nemesis_loses_nothing(cx: &Cx) -> CheckResult {
     let mut evidence = verdict(cx, &history, minimum)?;
     evidence.counts.append(&mut struck);
     Ok(evidence)
+}
+
+fn fault(entry: Entry) -> Option<String> {
+    match entry.event {
+        Event::Fault { what } => Some(what),
+        _ => None,
+    }
 }
 
 /// The way to the broker, which can be cut; none where it is no process of its own.
