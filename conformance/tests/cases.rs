@@ -46,8 +46,7 @@ mod nats {
     use super::*;
 
     const HARNESS: harnesses::Nats = harnesses::Nats;
-    /// It is one node.
-    const NOT_RUN: &[&str] = &["w20_a_failover_confirms_nothing_false"];
+    const NOT_RUN: &[&str] = &[];
     for_each_case!(tests);
 }
 

@@ -18,8 +18,7 @@ use wilco_conformance::{
 
 const HARNESS: Nats = Nats;
 
-/// What its harness cannot do from outside.
-const NOT_RUN: &[&str] = &["f6_any_node_killed_loses_nothing"];
+const NOT_RUN: &[&str] = &[];
 
 macro_rules! one {
     ($section:ident $name:ident) => {

@@ -9,7 +9,7 @@ mod reference;
 mod url;
 
 pub use embedded::{Memory, Sqlite};
-pub use nats::Nats;
+pub use nats::{Nats, Nodes};
 pub use rabbitmq::RabbitMq;
 pub use redis::{Redis, Sentinels};
 pub use reference::Reference;

@@ -1,5 +1,7 @@
-//! `nats-server` as a private process; for credentials, one whose users are signed (`operator`).
+//! `nats-server` as a private process; for credentials, one whose users are signed (`operator`); for the law
+//! on clusters, three (`cluster`).
 
+mod cluster;
 mod litter;
 mod operator;
 mod theft;
@@ -27,6 +29,8 @@ use crate::{
     harness::{Attempt, Facts, Faults, Harness, Litter, Server, Theft, Unavailable, Use},
     process::{Process, free_port},
 };
+
+pub use cluster::Nodes;
 
 /// The bound that the backend states: a lease, and the time until the next look.
 const TAKEOVER: Duration = Duration::from_secs(5);
@@ -81,9 +85,11 @@ impl Harness for Nats {
     }
 
     async fn start(&self, usage: Use) -> Result<Box<dyn Server>, String> {
+        if usage == Use::Cluster {
+            return Ok(Box::new(self.cluster(3).await?));
+        }
         let program = program();
-        let (version, numbers) = version(&program)?;
-        let syncs = numbers >= SYNCS_SINCE;
+        let (version, syncs) = known(&program)?;
         let directory = TempDir::with_prefix("wilco-nats-").map_err(|error| error.to_string())?;
         let port = free_port().map_err(|error| error.to_string())?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
@@ -91,8 +97,9 @@ impl Harness for Nats {
             Use::Credentials => operator::set_up(directory.path())?,
             _ => (ANYBODY.to_owned(), String::new()),
         };
-        let configured = configure(directory.path(), address, syncs, &signed);
-        configured.map_err(|error| error.to_string())?;
+        let text = configuration(directory.path(), "wilco", address, syncs, &signed);
+        let written = fs::write(directory.path().join("nats.conf"), text);
+        written.map_err(|error| error.to_string())?;
         let process = Process::new(address, directory, move |directory| {
             let mut command = Command::new(&program);
             command.arg("-c").arg(directory.join("nats.conf"));
@@ -109,12 +116,31 @@ impl Harness for Nats {
     }
 }
 
-fn configure(
+impl Nats {
+    /// Three nodes; handles ask for so many replicas of what they make.
+    ///
+    /// # Errors
+    /// What kept them from starting.
+    pub async fn cluster(&self, replicas: usize) -> Result<Nodes, String> {
+        let program = program();
+        let (version, syncs) = known(&program)?;
+        Nodes::start(&program, version, syncs, replicas).await
+    }
+}
+
+/// The program's version, and whether it syncs before it confirms.
+fn known(program: &str) -> Result<(String, bool), String> {
+    let (version, numbers) = version(program)?;
+    Ok((version, numbers >= SYNCS_SINCE))
+}
+
+fn configuration(
     directory: &Path,
+    name: &str,
     address: SocketAddr,
     syncs: bool,
-    signed: &str,
-) -> std::io::Result<()> {
+    more: &str,
+) -> String {
     let (sync, tags) = if syncs {
         (
             ", sync_interval: always",
@@ -123,12 +149,11 @@ fn configure(
     } else {
         ("", "")
     };
-    let configuration = format!(
-        "server_name: wilco\nlisten: \"{address}\"\njetstream {{ store_dir: \"{}\", max_file: {MOST_STORED}{sync} }}\n{tags}\
-         max_payload: 8MB\nping_interval: \"1s\"\nping_max: 2\n{signed}",
+    format!(
+        "server_name: {name}\nlisten: \"{address}\"\njetstream {{ store_dir: \"{}\", max_file: {MOST_STORED}{sync} }}\n{tags}\
+         max_payload: 8MB\nping_interval: \"1s\"\nping_max: 2\n{more}",
         directory.join("data").display()
-    );
-    fs::write(directory.join("nats.conf"), configuration)
+    )
 }
 
 #[derive(Debug)]
@@ -156,9 +181,7 @@ impl NatsServer {
     }
 
     async fn look(&self, subject: &str, body: &Value) -> Result<Value, Unavailable> {
-        ask(self.process.address(), subject, body)
-            .await
-            .map_err(|error| Unavailable::because(format!("JetStream does not answer: {error}")))
+        look(self.process.address(), subject, body).await
     }
 }
 
@@ -179,45 +202,7 @@ impl Server for NatsServer {
     }
 
     async fn remains(&self, queue: &QueueName) -> Result<Vec<String>, Unavailable> {
-        let mut found = Vec::new();
-        let listed = self.look("$JS.API.STREAM.LIST", &json!({})).await?;
-        for stream in listed["streams"].as_array().into_iter().flatten() {
-            let name = stream["config"]["name"].as_str().unwrap_or_default();
-            // One that another check is making: what it stores is not asked for (see `unfinished` in the
-            // backend).
-            let created = stream["created"].as_str().unwrap_or_default();
-            if created.starts_with("0001-") {
-                continue;
-            }
-            let with_subjects = json!({ "subjects_filter": ">" });
-            let info = self
-                .look(&format!("$JS.API.STREAM.INFO.{name}"), &with_subjects)
-                .await?;
-            let own =
-                name.contains(queue.as_str()) || name.replace('~', ".").contains(queue.as_str());
-            if own {
-                found.push(format!("the stream {name}"));
-            }
-            let body = &json!({});
-            let consumers = self
-                .look(&format!("$JS.API.CONSUMER.NAMES.{name}"), body)
-                .await?;
-            for consumer in consumers["consumers"].as_array().into_iter().flatten() {
-                if own || consumer.to_string().contains(queue.as_str()) {
-                    found.push(format!("the consumer {consumer} of {name}"));
-                }
-            }
-            // A subject has the queue's name, or what follows its first word.
-            let short = queue.as_str().trim_start_matches("wilco.");
-            for (subject, messages) in info["state"]["subjects"].as_object().into_iter().flatten() {
-                let subject_has = format!("{subject}.").contains(&format!("{short}."));
-                if subject_has {
-                    found.push(format!("{messages} messages on {subject}"));
-                }
-            }
-        }
-        found.sort();
-        Ok(found)
+        remains(self.process.address(), queue).await
     }
 
     async fn restart(&self) -> Result<(), Unavailable> {
@@ -308,6 +293,54 @@ impl Faults for NatsServer {
             "the server stores more than it was told to",
         ))
     }
+}
+
+async fn look(address: SocketAddr, subject: &str, body: &Value) -> Result<Value, Unavailable> {
+    ask(address, subject, body)
+        .await
+        .map_err(|error| Unavailable::because(format!("JetStream does not answer: {error}")))
+}
+
+async fn remains(address: SocketAddr, queue: &QueueName) -> Result<Vec<String>, Unavailable> {
+    let mut found = Vec::new();
+    let listed = look(address, "$JS.API.STREAM.LIST", &json!({})).await?;
+    for stream in listed["streams"].as_array().into_iter().flatten() {
+        let name = stream["config"]["name"].as_str().unwrap_or_default();
+        // One that another check is making: what it stores is not asked for (see `unfinished` in the
+        // backend).
+        let created = stream["created"].as_str().unwrap_or_default();
+        if created.starts_with("0001-") {
+            continue;
+        }
+        let with_subjects = json!({ "subjects_filter": ">" });
+        let info = look(
+            address,
+            &format!("$JS.API.STREAM.INFO.{name}"),
+            &with_subjects,
+        )
+        .await?;
+        let own = name.contains(queue.as_str()) || name.replace('~', ".").contains(queue.as_str());
+        if own {
+            found.push(format!("the stream {name}"));
+        }
+        let body = &json!({});
+        let consumers = look(address, &format!("$JS.API.CONSUMER.NAMES.{name}"), body).await?;
+        for consumer in consumers["consumers"].as_array().into_iter().flatten() {
+            if own || consumer.to_string().contains(queue.as_str()) {
+                found.push(format!("the consumer {consumer} of {name}"));
+            }
+        }
+        // A subject has the queue's name, or what follows its first word.
+        let short = queue.as_str().trim_start_matches("wilco.");
+        for (subject, messages) in info["state"]["subjects"].as_object().into_iter().flatten() {
+            let subject_has = format!("{subject}.").contains(&format!("{short}."));
+            if subject_has {
+                found.push(format!("{messages} messages on {subject}"));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 async fn is_up(address: SocketAddr) -> bool {
