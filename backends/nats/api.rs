@@ -51,6 +51,11 @@ impl Refusal {
         })
     }
 
+    /// Whether nothing was done, for now: temporarily unavailable, or no leader yet.
+    pub(super) fn passes(&self) -> bool {
+        matches!(self.code, 10_008 | 10_009)
+    }
+
     pub(super) fn into_error(self) -> Error {
         match self.code {
             STREAM_NOT_FOUND => no_queue(),
@@ -73,18 +78,15 @@ impl Link {
         let subject = format!("$JS.API.{verb}");
         let body = Bytes::from(body.to_string());
         loop {
-            let answer = self
-                .call(&subject, None, &body, true, deadline)
-                .await
-                .map_err(Unanswered::into_error)?;
+            let answer = match is_harmless(verb) {
+                true => self.insist(&subject, None, &body, deadline).await,
+                false => self.call(&subject, None, &body, true, deadline).await,
+            };
+            let answer = answer.map_err(Unanswered::into_error)?;
             if !answer.nobody() {
                 let value: Value = json_of(&answer)?;
                 match Refusal::of(&value) {
-                    // Temporarily unavailable; no leader yet.
-                    Some(Refusal {
-                        code: 10_008 | 10_009,
-                        ..
-                    }) if !deadline.has_passed() => {}
+                    Some(refusal) if refusal.passes() && !deadline.has_passed() => {}
                     Some(refusal) => return Ok(Err(refusal)),
                     None => return Ok(Ok(value)),
                 }
@@ -121,10 +123,7 @@ impl Link {
         }
         let value: Value = json_of(&answer).map_err(Unanswered::Unknown)?;
         match Refusal::of(&value) {
-            Some(Refusal {
-                code: 10_008 | 10_009,
-                ..
-            }) => Err(Unanswered::NotSent(silent())),
+            Some(refusal) if refusal.passes() => Err(Unanswered::NotSent(silent())),
             Some(refusal) => Ok(Err(refusal)),
             None => Ok(Ok(value)),
         }
@@ -335,6 +334,24 @@ impl Link {
             Err(refusal) => Err(refusal.into_error()),
         }
     }
+}
+
+/// Whether this can be asked again while the first one is on its way still. What takes away or changes
+/// cannot: done late, after the answer, it would be done to what came after that.
+fn is_harmless(verb: &str) -> bool {
+    const HARMLESS: [&str; 9] = [
+        "INFO",
+        "STREAM.CREATE",
+        "STREAM.INFO",
+        "STREAM.LIST",
+        "STREAM.MSG.GET",
+        "STREAM.NAMES",
+        "CONSUMER.CREATE",
+        "CONSUMER.INFO",
+        "CONSUMER.NAMES",
+    ];
+    let mut starts = HARMLESS.iter().filter_map(|name| verb.strip_prefix(name));
+    starts.any(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 fn silent() -> Error {

@@ -12,7 +12,7 @@ use std::{
 
 use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event, HeaderMap, Message, Subscriber};
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::{
     sync::{Semaphore, oneshot, watch},
     task::AbortHandle,
@@ -32,6 +32,10 @@ const ATTEMPT: Duration = Duration::from_secs(2);
 
 /// The longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// After so long without an answer it is asked once more what can be asked again: of a cluster's node that
+/// died, and while none leads, nobody says that there is no answer to come.
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// How many publishes of one handle wait for their confirm at once: a server drops what it cannot take
 /// in, so they are kept well below that.
@@ -295,6 +299,36 @@ impl Link {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    /// Asks what can be done twice, and asks it again after each silence: in a cluster the one who was to
+    /// answer may have died, which nobody tells us who are connected to another (law F6). Whichever answer
+    /// comes first counts, since on a machine that is starved every one of them is late.
+    pub(super) async fn insist(
+        &self,
+        subject: &str,
+        headers: Option<&HeaderMap>,
+        body: &Bytes,
+        deadline: Deadline,
+    ) -> Result<Answer, Unanswered> {
+        let ask = || self.call(subject, headers, body, true, deadline);
+        let mut asked = FuturesUnordered::from_iter([ask()]);
+        let mut once = true;
+        loop {
+            tokio::select! {
+                biased;
+                Some(answer) = asked.next() => return match answer {
+                    Ok(answer) => Ok(Answer { first: answer.first && once, ..answer }),
+                    // Another of them may have been done.
+                    Err(error) if !once => Err(Unanswered::Unknown(error.into_error())),
+                    Err(error) => Err(error),
+                },
+                () = sleep(SILENCE) => if self.is_connected() {
+                    asked.push(ask());
+                    once = false;
+                },
             }
         }
     }

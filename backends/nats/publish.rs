@@ -68,7 +68,7 @@ pub(super) async fn publish(
     let mut outcome = Outcome::NotStored;
     loop {
         let answer = match link
-            .call(&subject, Some(&headers), &message.body, true, deadline)
+            .insist(&subject, Some(&headers), &message.body, deadline)
             .await
         {
             Ok(answer) => answer,
@@ -83,6 +83,13 @@ pub(super) async fn publish(
         }
         if !answer.nobody() {
             let value = json_of(&answer).map_err(|error| error.with_outcome(Outcome::Unknown))?;
+            if is_under_way(&value) {
+                // What becomes of the one before is not known yet, and is what the next answer says.
+                outcome = Outcome::Unknown;
+                let paused = deadline.bound(sleep(PAUSE)).await;
+                paused.map_err(|error| error.with_outcome(outcome))?;
+                continue;
+            }
             let confirm = confirmed(&value).map_err(|error| error.with_outcome(outcome))?;
             // One that was sent twice from here is its own duplicate, and may have been taken since.
             // A guest may not look what became of the first.
@@ -119,6 +126,16 @@ struct Confirm {
     duplicate: bool,
 }
 
+/// Whether a cluster has a message of this id in hand that not enough of it have stored: before 2.11 it says
+/// that it stored it already, at no place.
+fn is_under_way(value: &Value) -> bool {
+    const IN_PROCESS: u64 = 10_158;
+    match Refusal::of(value) {
+        Some(refusal) => refusal.code == IN_PROCESS || refusal.passes(),
+        None => value["duplicate"] == true && value["seq"] == 0,
+    }
+}
+
 fn confirmed(value: &Value) -> Result<Confirm> {
     if let Some(refusal) = Refusal::of(value) {
         return Err(refusal.into_error());
@@ -138,4 +155,28 @@ fn confirmed(value: &Value) -> Result<Confirm> {
 /// The largest body that this server takes, whatever headers come with it, now and as a dead letter.
 pub(super) fn largest_body(link: &Link) -> u64 {
     link.client.max_payload().saturating_sub(MAX_HEADER_BYTES) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_a_cluster_has_in_hand_is_no_confirm() {
+        for unsure in [
+            json!({ "stream": "s", "seq": 0, "duplicate": true }),
+            json!({ "error": { "code": 409, "err_code": 10_158 } }),
+            json!({ "error": { "code": 503, "err_code": 10_008 } }),
+        ] {
+            assert!(is_under_way(&unsure), "{unsure}");
+            assert!(confirmed(&unsure).is_err(), "{unsure}");
+        }
+        let sure = json!({ "stream": "s", "seq": 7, "duplicate": true });
+        assert!(!is_under_way(&sure));
+        assert!(confirmed(&sure).is_ok_and(|confirm| confirm.duplicate));
+        let refused = json!({ "error": { "code": 503, "err_code": 10_077 } });
+        assert!(!is_under_way(&refused));
+    }
 }

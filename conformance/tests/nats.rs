@@ -12,7 +12,7 @@ use wilco::{
 };
 use wilco_conformance::{
     for_each_check,
-    harness::{Harness, Use},
+    harness::{Cluster as _, Harness, Server as _, Use},
     harnesses::Nats,
 };
 
@@ -197,6 +197,43 @@ async fn q6_no_ack_is_ok_for_what_a_delete_tells() {
         }
     }
     assert!(acked > 0 && discarded > 0, "{acked}:{discarded}");
+}
+
+/// One call that is made while a cluster has no leader is answered once it has one, on handles of every node
+/// (laws F5, F6): whoever was to answer is dead, and nobody says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f6_one_call_outlasts_an_election() {
+    let server = HARNESS.cluster(3).await.expect("three nodes");
+    let queue = GuestAddress::from(GuestId::new("elected").expect("an id")).queue();
+    let within = || Deadline::after(server.failover() * 2);
+    let mut brokers = Vec::new();
+    // The client takes the nodes in any order.
+    for _ in 0..6 {
+        brokers.push(server.connect().await.expect("a handle"));
+    }
+    let spec = QueueSpec::new(queue.clone());
+    brokers[0].declare(&spec, within()).await.expect("a queue");
+    for round in 0..2 {
+        let leader = server.leader(&queue).await.expect("a leader");
+        server.kill(leader).await.expect("killed");
+        let calls = brokers.iter().map(async |broker| {
+            let message = Message::new("check", "x").expect("a message");
+            let published = broker.publish(&queue, message, within());
+            let looked = broker.status(&queue, within());
+            let (published, looked) = tokio::join!(published, looked);
+            published.expect("stored");
+            looked.expect("a status");
+        });
+        let url = server.facts().url.expect("it has one");
+        let calls = futures_util::future::join_all(calls);
+        let connecting = wilco::connect_by(&url, within());
+        let (_, connected) = tokio::join!(calls, connecting);
+        connected.expect("a handle, while none leads");
+        let all = (round + 1) * brokers.len() as u64;
+        let status = brokers[0].status(&queue, within()).await;
+        assert_eq!(status.expect("a status").messages(), all, "each once");
+        server.start(leader).await.expect("whole again");
+    }
 }
 
 /// Of several who delete one queue at once, one says what it discarded; none takes away what is declared
