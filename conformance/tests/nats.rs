@@ -21,6 +21,12 @@ const HARNESS: Nats = Nats;
 const NOT_RUN: &[&str] = &[];
 
 macro_rules! one {
+    ($section:ident f6_any_node_killed_loses_nothing) => {
+        common::check!(
+            f6_any_node_killed_loses_nothing,
+            open "on 2.9 the server's replicas part ways; on 2.15 a drain stood still once in three runs"
+        );
+    };
     ($section:ident $name:ident) => {
         common::check!($name);
     };
