@@ -71,7 +71,7 @@ pub(super) async fn report(link: &Link, deadline: Deadline) -> Result<Durability
     report
         .findings
         .push(sync_finding(&version, can_sync, tagged, readable, link));
-    report.findings.push(replica_finding(replicas));
+    report.findings.push(replica_finding(replicas, can_sync));
     let lossy: Vec<_> = queues.iter().filter(|queue| queue.asynchronous).collect();
     if let Some(queue) = lossy.first() {
         report.level = Level::Memory;
@@ -201,8 +201,15 @@ fn sync_finding(
     )
 }
 
-fn replica_finding(replicas: u8) -> Finding {
-    let (meaning, advice) = if replicas >= 3 {
+fn replica_finding(replicas: u8, can_sync: bool) -> Finding {
+    let (meaning, advice) = if replicas >= 3 && !can_sync {
+        // Law F6 on 2.9.10.
+        (
+            "queues are held by that many servers, but those of this version were seen to hold different \
+             messages once one of them had been killed and was back",
+            Some("use servers of 2.10 or newer"),
+        )
+    } else if replicas >= 3 {
         (
             "queues are held by that many servers: a majority has each message before Ok",
             None,
