@@ -207,7 +207,7 @@ fn replica_finding(replicas: u8, can_sync: bool) -> Finding {
         (
             "queues are held by that many servers, but those of this version were seen to hold different \
              messages once one of them had been killed and was back",
-            Some("use servers of 2.10 or newer"),
+            Some("use servers of 2.10.23 or newer"),
         )
     } else if replicas >= 3 {
         (
