@@ -10,7 +10,7 @@
 //! had received is kept in the notes. One that leaves in order deletes it itself, and with it all goes back
 //! at once; unless deliveries are still in hand, which keep their leases, and the next one shares it (C5).
 
-use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
+use std::{ops::RangeInclusive, time::Duration};
 
 use async_nats::Subscriber;
 use bytes::Bytes;
@@ -23,6 +23,7 @@ use super::{
     connection::{Link, Unanswered, gone},
     names::Names,
     notes::{Notes, now_ms},
+    settled::Runs,
 };
 use crate::{
     deadline::Deadline,
@@ -238,7 +239,7 @@ async fn settle_in(
 pub(super) async fn sweep(
     link: &Link,
     names: &Names,
-    settled: &BTreeMap<u64, u64>,
+    settled: &Runs,
     deadline: Deadline,
 ) -> Result<()> {
     const AT_ONCE: usize = 64;

@@ -27,6 +27,7 @@ use super::{
     notes::now_ms,
     pull, scribe,
     settle::Lease,
+    settled::Settled,
     trays,
 };
 use crate::{
@@ -95,7 +96,7 @@ async fn begin(
             .collect(),
         marks: std::mem::take(&mut notes.marks),
         floors: notes.floors.clone(),
-        settled: notes.settled.clone(),
+        settled: Settled::new(notes.settled.clone(), notes.place()),
         kept: now.0,
         shared: false,
         suspicious: false,

@@ -22,6 +22,7 @@ use super::{
     notes::{Mark, Notes},
     received::Received,
     scribe::Order,
+    settled::Settled,
 };
 use crate::{
     deadline::Deadline,
@@ -86,7 +87,7 @@ pub(super) struct Inner {
     pub(super) marks: BTreeMap<u64, Mark>,
     pub(super) floors: Vec<u64>,
     /// What was settled, by runs: noted where the server does not sync.
-    pub(super) settled: BTreeMap<u64, u64>,
+    pub(super) settled: Settled,
     /// When the leases were last kept.
     pub(super) kept: Instant,
     /// It leaves the server's consumer to those who have deliveries in hand and to the next one.
@@ -302,7 +303,7 @@ impl Hold {
         let settled = {
             let mut inner = lock(&self.inner);
             inner.buffer.retain(|received| received.sequence <= last);
-            inner.settled.clone()
+            inner.settled.runs().clone()
         };
         let now = self.link.client.server_info().server_id;
         if *server != now {

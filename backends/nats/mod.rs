@@ -78,6 +78,7 @@ mod received;
 mod requests;
 mod scribe;
 mod settle;
+mod settled;
 mod tls;
 mod topology;
 mod trays;

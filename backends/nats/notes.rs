@@ -22,15 +22,12 @@ use super::{
     connection::{Link, Unanswered},
     names::Names,
     no_queue,
+    settled::Runs,
 };
 use crate::{
     deadline::Deadline,
     error::{Error, ErrorKind, Result},
 };
-
-/// How many runs of settled messages are kept: where messages are settled in order they are few, and a
-/// server that does not sync by itself does so within minutes.
-const MAX_RUNS: usize = 1_024;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Notes {
@@ -51,11 +48,11 @@ pub(super) struct Notes {
     /// By stream sequence.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) marks: BTreeMap<u64, Mark>,
-    /// Where this copy is, and its sequence there; 0: nowhere yet.
     /// What was settled a while ago, by sequence, both ends of each run: a server that does not sync
     /// forgets settlements that it confirmed when it is killed, and delivers these again (law C2).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) settled: BTreeMap<u64, u64>,
+    pub(super) settled: Runs,
+    /// Where this copy is, and its sequence there; 0: nowhere yet.
     #[serde(skip)]
     slot: usize,
     #[serde(skip)]
@@ -179,8 +176,6 @@ impl Notes {
         // place of the copy before is another's.
         self.old = if before < sequence { before } else { 0 };
         self.slot = to;
-        // The notes' own places are no messages: so runs of messages that they stand between stay whole.
-        settle(&mut self.settled, sequence);
         Ok(())
     }
 
@@ -193,33 +188,6 @@ impl Notes {
     pub(super) fn take_old(&mut self) -> Option<u64> {
         Some(std::mem::take(&mut self.old)).filter(|old| *old > 0)
     }
-}
-
-/// Adds a message to the runs of those that are settled.
-pub(super) fn settle(runs: &mut BTreeMap<u64, u64>, sequence: u64) {
-    let before = runs
-        .range(..=sequence)
-        .next_back()
-        .map(|(first, last)| (*first, *last));
-    let (first, mut last) = match before {
-        Some((_, last)) if last >= sequence => return,
-        Some((first, last)) if last + 1 == sequence => (first, sequence),
-        _ => (sequence, sequence),
-    };
-    if let Some(end) = runs.remove(&(sequence + 1)) {
-        last = end;
-    }
-    runs.insert(first, last);
-    if runs.len() > MAX_RUNS {
-        runs.pop_first();
-    }
-}
-
-/// Whether a message is among the settled.
-pub(super) fn is_settled(runs: &BTreeMap<u64, u64>, sequence: u64) -> bool {
-    runs.range(..=sequence)
-        .next_back()
-        .is_some_and(|(_, last)| *last >= sequence)
 }
 
 pub(super) fn taken_over() -> Error {
@@ -236,19 +204,4 @@ pub(super) fn now_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn settled_messages_are_kept_in_runs() {
-        let mut runs = BTreeMap::new();
-        for sequence in [5, 1, 2, 7, 6, 2, 9] {
-            settle(&mut runs, sequence);
-        }
-        assert_eq!(runs, BTreeMap::from([(1, 2), (5, 7), (9, 9)]));
-        let settled: Vec<_> = (0..11).filter(|n| is_settled(&runs, *n)).collect();
-        assert_eq!(settled, [1, 2, 5, 6, 7, 9]);
-        for sequence in 100..100 + 2 * MAX_RUNS as u64 {
-            settle(&mut runs, sequence * 2);
-        }
-        assert_eq!(runs.len(), MAX_RUNS);
-    }
 }

@@ -11,7 +11,7 @@ use super::{
     form,
     hold::{Held, Hold, Phase, Pull},
     leave::leave,
-    notes::{Notes, is_settled, now_ms},
+    notes::{Notes, now_ms},
     received::{Received, place},
     settle, unreadable,
 };
@@ -163,7 +163,7 @@ async fn receive(hold: &Arc<Hold>, raw: Raw, inbox: &str) {
         attempt: 0,
         raw,
     };
-    if is_settled(&lock(&hold.inner).settled, sequence) {
+    if lock(&hold.inner).settled.contains(sequence) {
         lock(&hold.inner).came();
         settle::end(hold, &received).await;
         return;

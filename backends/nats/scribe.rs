@@ -17,7 +17,7 @@ use super::{
     closed,
     connection::lock,
     hold::{Hold, Inner, Phase, Settling},
-    notes::{Mark, Notes, now_ms, settle},
+    notes::{Mark, Notes, now_ms},
     settle,
 };
 use crate::{
@@ -60,7 +60,7 @@ impl Hold {
             inner.let_go(sequence);
             inner.marks.remove(&sequence);
             if forgetful {
-                settle(&mut inner.settled, sequence);
+                inner.settled.add(sequence);
             }
         }
         self.wake.notify_one();
@@ -182,7 +182,7 @@ async fn write(hold: &Hold, notes: &mut Notes) -> Result<()> {
     {
         let inner = lock(&hold.inner);
         notes.marks = inner.marks_to_note();
-        notes.settled.clone_from(&inner.settled);
+        notes.settled.clone_from(inner.settled.runs());
         if inner.phase != Phase::Attached {
             notes.holder = None;
             notes.consumer = inner.shared.then(|| hold.consumer.clone());
@@ -191,8 +191,7 @@ async fn write(hold: &Hold, notes: &mut Notes) -> Result<()> {
     let deadline = Deadline::after(GOING);
     notes.write(&hold.link, &hold.names, deadline).await?;
     if !hold.link.is_synced() {
-        // As the writer does: its own places lie between the messages.
-        settle(&mut lock(&hold.inner).settled, notes.place());
+        lock(&hold.inner).settled.wrote(notes.place());
     }
     Ok(())
 }
