@@ -43,7 +43,7 @@ const ANYBODY: &str = "authorization { users: [{ user: anybody, password: anythi
                        no_auth_user: anybody\n";
 
 /// How many bytes it stores at the most.
-const MOST_STORED: usize = 512 << 20;
+const MOST_STORED: usize = 128 << 20;
 
 /// JetStream on `nats-server`, a process for each check. `WILCO_NATS_SERVER` names another program.
 #[derive(Debug)]
