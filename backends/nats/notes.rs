@@ -200,8 +200,3 @@ pub(super) fn now_ms() -> u64 {
         .unwrap_or(Duration::ZERO);
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-}
