@@ -101,7 +101,7 @@ macro_rules! for_each_check {
             f::f9_an_alarm_refuses_and_loses_nothing, "F9", "an alarm: publishes refused in time, nothing lost, service resumes";
             l::l_handles_that_come_and_go_lose_nothing, "L", "handles come and go, publishes are cut: clean ledger";
             l::l_processes_killed_at_random_lose_nothing, "L", "processes killed at random: clean ledger";
-            f::l_a_nemesis_loses_nothing, "L", "every fault there is, in a seeded order, on processes at work: clean ledger";
+            f::l_a_nemesis_loses_nothing, "L", "kills, pauses and cuts in a seeded order, on processes at work: clean ledger";
         }
     };
 }

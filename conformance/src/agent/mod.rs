@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
     process::ChildStdout,
+    sync::oneshot,
+    task::JoinHandle,
 };
 use wilco::{GuestAddress, QueueName};
 
@@ -104,6 +106,28 @@ pub enum Told {
     },
     /// The work or load has come to its end.
     End,
+}
+
+/// An agent whose history is read. It is killed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Followed {
+    /// The process as histories name it.
+    pub(crate) process: u32,
+    kill: oneshot::Sender<()>,
+    told: JoinHandle<Result<(), CheckError>>,
+}
+
+impl Followed {
+    /// Kills it, and returns when all it told was noted.
+    ///
+    /// # Errors
+    /// It had failed, or was gone, before.
+    pub(crate) async fn kill(self) -> Result<(), CheckError> {
+        // One that has failed hears nothing any more.
+        let _ = self.kill.send(());
+        let told = self.told.await;
+        told.map_err(|error| CheckError::failed("the history of a process is read", error))?
+    }
 }
 
 /// A running agent. It is killed when this is dropped.
@@ -246,6 +270,39 @@ impl Agent {
         })
         .await
         .map(drop)
+    }
+
+    /// Notes what it tells until it is to be killed, kills it, and notes the rest.
+    pub(crate) fn followed(mut self, mut note: impl FnMut(Entry) + Send + 'static) -> Followed {
+        let process = self.process();
+        let (kill, mut killed) = oneshot::channel();
+        let told = tokio::spawn(async move {
+            let failed =
+                |error: &str| CheckError::failed("a process works until it is killed", error);
+            let mut over = false;
+            loop {
+                let told = tokio::select! {
+                    _ = &mut killed, if !over => {
+                        over = true;
+                        self.kill().await?;
+                        continue;
+                    }
+                    told = self.told() => told?,
+                };
+                match told {
+                    Some(Told::History { entry }) => note(entry),
+                    Some(Told::Failed { error }) => return Err(failed(&error)),
+                    Some(_) => {}
+                    None if over => return Ok(()),
+                    None => return Err(failed("it is gone")),
+                }
+            }
+        });
+        Followed {
+            process,
+            kill,
+            told,
+        }
     }
 
     /// Kills it as `kill -9` does, and waits until it is gone.

@@ -156,6 +156,14 @@ pub enum How {
     Dropped,
 }
 
+/// A moment of a history.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    ns: u64,
+    /// How many entries there were.
+    entries: usize,
+}
+
 /// A history that grows.
 #[derive(Debug, Default)]
 pub struct History {
@@ -198,12 +206,25 @@ impl History {
         entries
     }
 
+    /// This moment, to count from.
+    #[must_use]
+    pub fn mark(&self) -> Mark {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        Mark {
+            ns: now(),
+            entries: entries.len(),
+        }
+    }
+
     /// How many entries since this moment are like this.
     #[must_use]
-    pub fn count(&self, since: u64, is: impl Fn(&Entry) -> bool) -> usize {
+    pub fn count(&self, since: &Mark, is: impl Fn(&Entry) -> bool) -> usize {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        let since = entries.iter().filter(|entry| entry.ns >= since);
-        since.filter(|entry| is(entry)).count()
+        // What was there then is older; of what came since, some was on its way.
+        let later = entries.iter().skip(since.entries);
+        later
+            .filter(|entry| entry.ns >= since.ns && is(entry))
+            .count()
     }
 
     /// Writes it as JSON lines.

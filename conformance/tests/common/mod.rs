@@ -84,12 +84,12 @@ fn options(broker: &str) -> Options {
         kills: if broker == "rabbitmq" { 2 } else { 50 },
         outage: Duration::from_secs(8),
         crowd: 40,
-        // A guest's life on RabbitMQ takes a quarter of a second of a processor's time: a debug build's
-        // and the server's.
         nemesis: Nemesis {
             messages: 4_000,
             faults: 5,
         },
+        // A guest's life on RabbitMQ takes a quarter of a second of a processor's time: a debug build's
+        // and the server's.
         races: if broker == "rabbitmq" { 200 } else { 1_000 },
         ..options
     }

@@ -14,9 +14,9 @@ use wilco::{ErrorKind, QueueName};
 
 use super::{back, kill_and_start, killable, until_ok};
 use crate::{
-    agent::{Agent, Order, Told},
+    agent::{Agent, Followed, Order},
     check::{CheckError, CheckResult, Cx, Evidence},
-    ledger::{self, Answer, Event, History, Minimum},
+    ledger::{Answer, Event, History, Minimum},
     support::*,
     workload::{finish, publish, settle, verdict},
 };
@@ -100,10 +100,7 @@ pub async fn f2_kills_amid_bursts_lose_nothing(cx: &Cx) -> CheckResult {
             seed: rng.u64(..),
         })
         .await?;
-    let agents = [
-        follow(worker, &history, &over),
-        follow(loader, &history, &over),
-    ];
+    let agents = [followed(worker, &history), followed(loader, &history)];
     let workers = [(me, true), (me, false), (works, false), (loads, true)];
     let faulty = async {
         for _ in 0..kills {
@@ -117,7 +114,9 @@ pub async fn f2_kills_amid_bursts_lose_nothing(cx: &Cx) -> CheckResult {
     let went = faulty.await;
     over.store(true, Ordering::Relaxed);
     join_all(tasks).await?;
-    join_all(agents).await?;
+    for agent in agents {
+        agent.kill().await?;
+    }
     went?;
     finish(cx, &*control, &here, &history).await?;
     finish(cx, &*control, &there, &history).await?;
@@ -184,32 +183,9 @@ pub(super) async fn guest_here(
     }))
 }
 
-/// Notes what a second process tells, until it is over; then kills it and notes the rest.
-fn follow(mut agent: Agent, history: &Arc<History>, over: &Arc<AtomicBool>) -> Task {
-    let (history, over) = (Arc::clone(history), Arc::clone(over));
-    tokio::spawn(async move {
-        let mut killed = false;
-        loop {
-            if over.load(Ordering::Relaxed) && !killed {
-                killed = true;
-                agent.kill().await?;
-            }
-            // It has nothing to tell while the broker is down.
-            let wait = Duration::from_millis(200);
-            let Ok(told) = tokio::time::timeout(wait, agent.told()).await else {
-                continue;
-            };
-            match told? {
-                None => return Ok(()),
-                Some(Told::History { entry }) => history.append(entry),
-                Some(Told::Failed { error }) => {
-                    let expected = "a second process works until it is killed";
-                    return Err(CheckError::failed(expected, error));
-                }
-                Some(_) => {}
-            }
-        }
-    })
+fn followed(agent: Agent, history: &Arc<History>) -> Followed {
+    let history = Arc::clone(history);
+    agent.followed(move |entry| history.append(entry))
 }
 
 /// Waits until each of these has had something confirmed (true) or received (false), from now on.
@@ -219,12 +195,12 @@ pub(super) async fn at_work(
     within: Duration,
 ) -> Result<(), CheckError> {
     const ENOUGH: usize = 20;
-    let (since, started) = (ledger::now(), Instant::now());
+    let (since, started) = (history.mark(), Instant::now());
     loop {
         let done: Vec<_> = workers
             .iter()
             .map(|(process, publishes)| {
-                history.count(since, |entry| {
+                history.count(&since, |entry| {
                     entry.process == *process
                         && match entry.event {
                             Event::Answer { answer, .. } => *publishes && answer == Answer::Stored,

@@ -99,13 +99,15 @@ pub async fn f4_resets_and_cuts_lose_nothing(cx: &Cx) -> CheckResult {
 /// Waits until something is confirmed and something is received, from now on.
 async fn goes_on(history: &History, within: Duration) -> Result<(), CheckError> {
     const ENOUGH: usize = 10;
-    let (since, started) = (ledger::now(), Instant::now());
+    let (since, started) = (history.mark(), Instant::now());
     loop {
-        let stored = history.count(since, |entry| {
+        let stored = history.count(&since, |entry| {
             let stored = ledger::Answer::Stored;
             matches!(entry.event, Event::Answer { answer, .. } if answer == stored)
         });
-        let came = history.count(since, |entry| matches!(entry.event, Event::Delivery { .. }));
+        let came = history.count(&since, |entry| {
+            matches!(entry.event, Event::Delivery { .. })
+        });
         if stored >= ENOUGH && came >= ENOUGH {
             return Ok(());
         }

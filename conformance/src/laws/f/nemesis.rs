@@ -9,14 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{sync::oneshot, task::JoinHandle};
 use wilco::QueueName;
 
 use super::{back, kill::at_work, kill_and_start, killable, proxy};
 use crate::{
-    agent::{Agent, Order, Told},
+    agent::{Agent, Followed, Order},
     check::{CheckError, CheckResult, Cx},
-    harness::Faults,
+    harness::{Faults, Unavailable},
     ledger::{Answer, Entry, Event, History, Minimum},
     proxy::{Proxy, Toward},
     support::*,
@@ -67,11 +66,14 @@ pub async fn l_a_nemesis_loses_nothing(cx: &Cx) -> CheckResult {
     let queues: Vec<_> = crew.hands.iter().map(|hand| hand.queue.clone()).collect();
     let dismissed = crew.dismiss().await;
     // Who has failed says more than that he was missed.
-    if let Err(CheckError::Failed(mut failure)) = dismissed.and(went) {
-        let strikes: Vec<_> = history.entries().into_iter().filter_map(fault).collect();
-        failure.seen += &format!("\n  after: {}", strikes.join(", "));
-        return Err(CheckError::Failed(failure));
-    }
+    dismissed.and(went).map_err(|error| match error {
+        CheckError::Failed(mut failure) => {
+            let strikes: Vec<_> = history.entries().into_iter().filter_map(fault).collect();
+            failure.seen += &format!("\n  after: {}", strikes.join(", "));
+            CheckError::Failed(failure)
+        }
+        other => other,
+    })?;
     for queue in queues.iter().step_by(2) {
         finish(cx, &*control, queue, &history).await?;
     }
@@ -161,46 +163,45 @@ impl Strike {
         crew: &mut Crew,
         rng: &mut fastrand::Rng,
     ) -> Result<(), CheckError> {
-        let history = Arc::clone(&crew.history);
         let pair = rng.usize(..PAIRS);
-        let Some((faults, proxy)) = &way.0 else {
-            return crew
-                .replace(cx, pair, matches!(self, Self::KillPublisher), rng)
-                .await;
-        };
+        // Up to longer than it takes to notice, and to take over from one who is not heard of.
+        let while_ = Duration::from_millis(rng.u64(100..10_000));
+        let history = Arc::clone(&crew.history);
         let fault = |what: String| {
             history.note(Event::Fault { what });
             history.note(Event::Down);
         };
-        // Up to longer than it takes to notice, and to take over from one who is not heard of.
-        let while_ = Duration::from_millis(rng.u64(100..10_000));
-        match self {
-            Self::KillBroker => {
-                let down = Duration::from_millis(rng.u64(0..2_000));
-                return kill_and_start(*faults, &history, down).await;
-            }
-            Self::KillGuest | Self::KillPublisher => {
+        match (self, &way.0) {
+            (Self::KillGuest | Self::KillPublisher, _) => {
                 let publishes = matches!(self, Self::KillPublisher);
                 return crew.replace(cx, pair, publishes, rng).await;
             }
-            Self::PauseBroker => {
+            (_, None) => {
+                let none = Unavailable::because("this broker is no process to break");
+                return Err(none.into());
+            }
+            (Self::KillBroker, Some((faults, _))) => {
+                let down = Duration::from_millis(rng.u64(0..2_000));
+                return kill_and_start(*faults, &history, down).await;
+            }
+            (Self::PauseBroker, Some((faults, _))) => {
                 fault(format!("the broker is paused for {while_:?}"));
                 faults.pause()?;
                 tokio::time::sleep(while_).await;
                 faults.resume()?;
             }
-            Self::Reset => {
+            (Self::Reset, Some((_, proxy))) => {
                 fault("all connections are reset".into());
                 proxy.reset();
             }
-            Self::HalfOpen => {
+            (Self::HalfOpen, Some((_, proxy))) => {
                 fault("all connections are half-open".into());
                 proxy.half_open();
                 // New ones work, and the old ones never do again.
                 crew.at_work(back(cx)).await?;
                 proxy.heal();
             }
-            Self::Swallow => {
+            (Self::Swallow, Some((_, proxy))) => {
                 let toward = [Toward::Broker, Toward::Client][rng.usize(..2)];
                 fault(format!("{toward:?}: all is swallowed for {while_:?}"));
                 proxy.swallow(toward);
@@ -217,9 +218,7 @@ impl Strike {
 struct Hand {
     queue: QueueName,
     publishes: bool,
-    process: u32,
-    kill: oneshot::Sender<()>,
-    told: JoinHandle<Result<(), CheckError>>,
+    agent: Followed,
 }
 
 /// All of them: for each queue the one who publishes, and behind him the one who consumes.
@@ -252,7 +251,6 @@ impl Crew {
         rng: &mut fastrand::Rng,
     ) -> Result<Hand, CheckError> {
         let mut agent = Agent::start_at(cx, &self.url)?;
-        let process = agent.process();
         let (queue, seed) = (queue.clone(), rng.u64(..));
         self.hired += 1;
         let order = if publishes {
@@ -270,14 +268,18 @@ impl Crew {
             }
         };
         agent.order(&order).await?;
-        let (kill, killed) = oneshot::channel();
         let (history, confirmed) = (Arc::clone(&self.history), Arc::clone(&self.confirmed));
+        let agent = agent.followed(move |entry| {
+            let stored = Answer::Stored;
+            if matches!(entry.event, Event::Answer { answer, .. } if answer == stored) {
+                confirmed.fetch_add(1, Ordering::Relaxed);
+            }
+            history.append(entry);
+        });
         Ok(Hand {
             queue,
             publishes,
-            process,
-            kill,
-            told: tokio::spawn(follow(agent, killed, history, confirmed)),
+            agent,
         })
     }
 
@@ -296,7 +298,7 @@ impl Crew {
         let place = 2 * pair + usize::from(!publisher);
         let gone = self.hands.remove(place);
         let queue = gone.queue.clone();
-        gone.kill().await?;
+        gone.agent.kill().await?;
         let next = self.start(cx, &queue, publisher, rng).await?;
         self.hands.insert(place, next);
         Ok(())
@@ -305,7 +307,9 @@ impl Crew {
     /// Waits until everybody has done something, from now on.
     async fn at_work(&self, within: Duration) -> Result<(), CheckError> {
         let hands = self.hands.iter();
-        let workers: Vec<_> = hands.map(|hand| (hand.process, hand.publishes)).collect();
+        let workers: Vec<_> = hands
+            .map(|hand| (hand.agent.process, hand.publishes))
+            .collect();
         at_work(&self.history, &workers, within).await
     }
 
@@ -332,51 +336,8 @@ impl Crew {
     async fn dismiss(self) -> Result<(), CheckError> {
         let mut done = Ok(());
         for hand in self.hands {
-            done = done.and(hand.kill().await);
+            done = done.and(hand.agent.kill().await);
         }
         done
-    }
-}
-
-impl Hand {
-    async fn kill(self) -> Result<(), CheckError> {
-        // One who has failed hears nothing any more.
-        let _ = self.kill.send(());
-        let told = self.told.await;
-        told.map_err(|error| CheckError::failed("the history of a process is read", error))?
-    }
-}
-
-/// Notes what a process tells until it is to be killed, kills it, and notes the rest.
-async fn follow(
-    mut agent: Agent,
-    mut kill: oneshot::Receiver<()>,
-    history: Arc<History>,
-    confirmed: Arc<AtomicU64>,
-) -> Result<(), CheckError> {
-    let failed = |error: &str| CheckError::failed("a process works until it is killed", error);
-    let mut killed = false;
-    loop {
-        let told = tokio::select! {
-            _ = &mut kill, if !killed => {
-                killed = true;
-                agent.kill().await?;
-                continue;
-            }
-            told = agent.told() => told?,
-        };
-        match told {
-            Some(Told::History { entry }) => {
-                let stored = Answer::Stored;
-                if matches!(entry.event, Event::Answer { answer, .. } if answer == stored) {
-                    confirmed.fetch_add(1, Ordering::Relaxed);
-                }
-                history.append(entry);
-            }
-            Some(Told::Failed { error }) => return Err(failed(&error)),
-            Some(_) => {}
-            None if killed => return Ok(()),
-            None => return Err(failed("it is gone")),
-        }
     }
 }
